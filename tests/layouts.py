@@ -1,0 +1,86 @@
+"""Random-weight models and model folders of both layouts, small enough for every test.
+
+tiny_transformer, tiny_controlnet, tiny_vae: single parts. build_small_folder: the layout we ship (BERT, 32 tokens,
+controlnet/). build_sprint_folder: the published Sprint layout (Gemma-2, the exact published config keys).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
+
+from sana_app.model.controlnet import SanaSprintControlNetModel
+
+CAPTION_CHANNELS = 24
+
+
+def randomised(module: torch.nn.Module, seed: int = 0, std: float = 0.05) -> torch.nn.Module:
+    """Small noise on every weight: zero layers and norms of 1 would hide a wrong use of them."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p += std * torch.randn(p.shape, generator=g, dtype=torch.float32).to(p.dtype)
+    return module.eval()
+
+
+def tiny_transformer(seed: int = 0, **overrides) -> SanaTransformer2DModel:
+    """Sprint shape by default (guidance, qk-norm); teacher: guidance_embeds=False."""
+    torch.manual_seed(seed)
+    config = dict(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, num_layers=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+        caption_channels=CAPTION_CHANNELS, mlp_ratio=2.5, sample_size=4, patch_size=1, guidance_embeds=True,
+        guidance_embeds_scale=0.1, qk_norm="rms_norm_across_heads", timestep_scale=0.001,
+    )  # fmt: skip
+    return randomised(SanaTransformer2DModel(**config | overrides), seed)
+
+
+def tiny_controlnet(transformer: SanaTransformer2DModel, num_layers: int = 2, seed: int = 1):
+    """Copied from the transformer and then moved off zero, so that it does something."""
+    return randomised(SanaSprintControlNetModel.from_transformer(transformer, num_layers), seed)
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderDC:
+    """f8 c8: 32 px <-> 4x4 latents; separate encoder and decoder widths, as a shipped one may have."""
+    torch.manual_seed(seed)
+    return AutoencoderDC(
+        latent_channels=8, attention_head_dim=8, scaling_factor=0.7,
+        encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 16, 16), decoder_block_out_channels=(8, 16, 16, 16),
+        encoder_layers_per_block=(0, 1, 1, 1), decoder_layers_per_block=(0, 1, 1, 1),
+        encoder_qkv_multiscales=((), (), (), ()), decoder_qkv_multiscales=((), (), (), ()),
+    ).eval()  # fmt: skip
+
+
+def tiny_bert(seed: int = 0):
+    """A BertModel with 512 positions and a WordPiece tokenizer of whole words and letters."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    torch.manual_seed(seed)
+    words = "a an the red blue green yellow apple cat dog face car house of with and in on flat 3d".split()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789.,:;!?'\"-()")
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + letters + ["##" + c for c in letters] + words
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(vocab))}
+    tokenizer = BertTokenizerFast(vocab=vocab, do_lower_case=True, model_max_length=512)
+    config = BertConfig(
+        vocab_size=len(vocab), hidden_size=CAPTION_CHANNELS, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=512, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return tokenizer, BertModel(config, add_pooling_layer=False).eval()
+
+
+def tiny_gemma(seed: int = 0):
+    """A Gemma2Model and a GemmaTokenizer whose pieces are the letters."""
+    from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
+
+    torch.manual_seed(seed)
+    letters = [chr(c) for c in range(33, 127)] + ["\u2581", "\n"]
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] + letters)}
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=[])
+    config = Gemma2Config(
+        vocab_size=len(vocab), hidden_size=CAPTION_CHANNELS, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=8192, sliding_window=4096,
+    )  # fmt: skip
+    return tokenizer, Gemma2Model(config).eval()
