@@ -68,7 +68,7 @@ def tiny_bert(seed: int = 0):
         intermediate_size=32, max_position_embeddings=512, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    return tokenizer, BertModel(config, add_pooling_layer=False).eval()
+    return tokenizer, BertModel(config).eval()
 
 
 def tiny_gemma(seed: int = 0):
@@ -84,3 +84,66 @@ def tiny_gemma(seed: int = 0):
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=8192, sliding_window=4096,
     )  # fmt: skip
     return tokenizer, Gemma2Model(config).eval()
+
+
+def build_small_folder(folder: Path | str, seed: int = 0, controlnet: bool = True, **transformer_overrides) -> Path:
+    """The layout we ship: a BERT text encoder, prompt.json (32 tokens, no instruction), half-precision weights, controlnet/."""
+    from sana_app.model.pipeline import SanaSprintControlNetPipeline
+    from sana_app.model.text import TextSettings
+
+    tokenizer, text_encoder = tiny_bert(seed)
+    transformer = tiny_transformer(seed, **transformer_overrides)
+    pipe = SanaSprintControlNetPipeline(
+        tokenizer, text_encoder, tiny_vae(seed), transformer, SCMScheduler(),
+        tiny_controlnet(transformer) if controlnet else None,
+    )  # fmt: skip
+    pipe.text_settings = TextSettings(max_tokens=32, instruction="")
+    for part in ("text_encoder", "vae", "transformer", "controlnet"):
+        if getattr(pipe, part) is not None:
+            getattr(pipe, part).half()
+    pipe.save_pretrained(folder)
+    return Path(folder)
+
+
+# The keys of transformer/config.json as published (values: the 1.6B model's, some made small below).
+PUBLISHED_TRANSFORMER_CONFIG = {
+    "_class_name": "SanaTransformer2DModel",
+    "_diffusers_version": "0.33.0.dev0",
+    "attention_bias": False,
+    "attention_head_dim": 32,
+    "caption_channels": 2304,
+    "cross_attention_dim": 2240,
+    "cross_attention_head_dim": 112,
+    "dropout": 0.0,
+    "guidance_embeds": True,
+    "guidance_embeds_scale": 0.1,
+    "in_channels": 32,
+    "interpolation_scale": None,
+    "mlp_ratio": 2.5,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-06,
+    "num_attention_heads": 70,
+    "num_cross_attention_heads": 20,
+    "num_layers": 20,
+    "out_channels": 32,
+    "patch_size": 1,
+    "qk_norm": "rms_norm_across_heads",
+    "sample_size": 32,
+    "timestep_scale": 0.001,
+}
+
+
+def build_sprint_folder(folder: Path | str, seed: int = 0) -> Path:
+    """The published Sprint layout, written by the stock pipeline: Gemma-2, no prompt.json, no controlnet/."""
+    small = dict(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16, num_layers=4, sample_size=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+        caption_channels=CAPTION_CHANNELS,
+    )  # fmt: skip
+    assert small.keys() <= PUBLISHED_TRANSFORMER_CONFIG.keys()
+    tokenizer, text_encoder = tiny_gemma(seed)
+    transformer = tiny_transformer(seed, **small)
+    SanaSprintPipeline(tokenizer, text_encoder, tiny_vae(seed), transformer, SCMScheduler()).save_pretrained(folder)
+    config = PUBLISHED_TRANSFORMER_CONFIG | small
+    (Path(folder) / "transformer" / "config.json").write_text(json.dumps(config, indent=2))
+    return Path(folder)
