@@ -22,7 +22,7 @@ def create(model: str):
     """The page (gr.Blocks) for a preset name or a model folder; ValueError says what is wrong with it."""
     from sana_app.presets import find_model
 
-    preset = find_model(model)  # checked before anything heavy is imported
+    preset = find_model(model)  # a wrong name is refused before anything heavy is imported
     from sana_app.engine import Engine
     from sana_app.ui import build_page
 

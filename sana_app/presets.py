@@ -1,4 +1,4 @@
-"""The models the page can run, and the check of a model folder before anything heavy is read.
+"""The models the page can run.
 
 | name        | what                                                 | where                                     |
 |-------------|------------------------------------------------------|-------------------------------------------|
@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,17 +28,12 @@ class Preset:
     source: str  # a folder, or a Hugging Face id
     styles: dict[str, str] = field(default_factory=lambda: OPEN_STYLES)
 
-    @property
-    def local(self) -> bool:
-        return Path(self.source).is_dir()
-
 
 PRESETS = {
     "emoji": Preset("emoji", str(ROOT / "assets" / "models" / "emoji"), EMOJI_STYLES),
     "sprint-0.6b": Preset("sprint-0.6b", "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers"),
     "sprint-1.6b": Preset("sprint-1.6b", "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers"),
 }
-HUB = {"sprint-0.6b", "sprint-1.6b"}
 
 
 def styled(prompt: str, words: str) -> str:
@@ -48,20 +42,17 @@ def styled(prompt: str, words: str) -> str:
 
 
 def find_model(name: str) -> Preset:
-    """A preset name or a path -> Preset with a checked folder; ValueError says what came, what was wanted, what to do."""
-    if name in HUB:
-        return PRESETS[name]
+    """A preset name or a path -> Preset; ValueError says what came, what was wanted, what to do. The folder itself is
+    checked when it is loaded (sana_app/model/folder.py)."""
     if name in PRESETS:
-        preset = PRESETS[name]
-    elif "/" in name or "\\" in name or Path(name).is_dir():
-        folder = Path(name).expanduser()
-        shipped = folder.resolve() == Path(PRESETS["emoji"].source)
-        preset = PRESETS["emoji"] if shipped else Preset(folder.resolve().name, str(folder), folder_styles(folder))
-    else:
+        return PRESETS[name]
+    if "/" not in name and "\\" not in name and not Path(name).is_dir():
         raise ValueError(f"no model is called {name!r}. Wanted: one of {', '.join(PRESETS)}, or the path of a model "
                          f"folder (a path has a slash: ./{name}).")
-    check_folder(Path(preset.source))
-    return preset
+    folder = Path(name).expanduser().resolve()
+    if folder == Path(PRESETS["emoji"].source):
+        return PRESETS["emoji"]
+    return Preset(folder.name, str(folder), folder_styles(folder))
 
 
 def folder_styles(folder: Path) -> dict[str, str]:
@@ -71,55 +62,3 @@ def folder_styles(folder: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return OPEN_STYLES
     return EMOJI_STYLES if config.get("caption_channels") == 384 else OPEN_STYLES
-
-
-def check_folder(folder: Path) -> None:
-    """A missing, incomplete or half-written model folder raises ValueError before any weight is read."""
-    wanted = "a model folder holds model_index.json and one folder for each part it names"
-    fix = "Copy or export the folder again, or choose another --model."
-    if not folder.is_dir():
-        raise ValueError(f"the model folder {folder} does not exist. Wanted: {wanted}. {fix}")
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        parts = [name for name, spec in index.items() if isinstance(spec, list) and spec[0] is not None]
-    except (OSError, ValueError, AttributeError, IndexError) as error:
-        raise ValueError(f"{folder} has no readable model_index.json ({error}). Wanted: {wanted}. {fix}") from None
-    for required in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if required not in parts:
-            raise ValueError(f"{folder}/model_index.json names no {required!r}; it names {', '.join(parts)}. {fix}")
-    if (folder / "controlnet").is_dir() and "controlnet" not in parts:
-        parts.append("controlnet")
-    for part in parts:
-        check_part(folder / part, fix)
-
-
-def check_part(folder: Path, fix: str) -> None:
-    if not folder.is_dir() or not any(folder.iterdir()):
-        raise ValueError(f"the model part {folder} is missing or empty. {fix}")
-    if folder.name in ("tokenizer", "scheduler"):
-        return
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
-        came = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise ValueError(f"the model part {folder} holds {came}. Wanted: config.json and *.safetensors. {fix}")
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        if absent := sorted(shards - {p.name for p in weights}):
-            raise ValueError(f"the model part {folder} lacks {', '.join(absent)}. {fix}")
-    for file in weights:
-        came, wanted = file.stat().st_size, promised_bytes(file)
-        if came != wanted:
-            raise ValueError(f"{file} is half-written: {came} bytes came, its header promises {wanted}. {fix}")
-
-
-def promised_bytes(file: Path) -> int | str:
-    """How long a safetensors file must be by its own header: 8 + header + the end of its last tensor."""
-    try:
-        with file.open("rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > 100_000_000:
-                return "a safetensors header"
-            tensors = json.loads(f.read(length))
-        return 8 + length + max((t["data_offsets"][1] for k, t in tensors.items() if k != "__metadata__"), default=0)
-    except (struct.error, ValueError, KeyError, TypeError):
-        return "a safetensors header"

@@ -119,7 +119,7 @@ def first_settings(example: dict) -> dict:
 
 
 def build_page(engine) -> SketchBlocks:
-    """The page for one engine: `name`, `size` (px), `styles`, `draws_lines`, `render(request)`, `warm(request)`."""
+    """The page for one engine: `name`, `size` (px), `styles`, `render(request)`."""
     worker = RenderWorker(engine.render)
     service = LiveService(worker, tuple(engine.styles))
     examples = read_examples()
@@ -199,7 +199,7 @@ def add_api(engine, worker: RenderWorker, c: dict) -> None:
             raise gr.Error(str(error), print_exception=False) from None
         info = {"seed": request.seed, "steps": request.steps, "model": engine.name, "notices": list(done.notices),
                 "stages_ms": {name: round(ms, 2) for name, ms in done.stages_ms.items()}}
-        return done.image(), info
+        return done.pixels, info
 
     with gr.Group(visible=False):
         sketch = gr.Image(label="sketch", type="filepath", image_mode=None, sources=["upload"])

@@ -22,11 +22,11 @@ async function packFrame(seq, frame) {
 const toBase64 = (bytes) => btoa(Array.from(bytes, (b) => String.fromCharCode(b)).join(""));
 const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
-// url: of the live route · server: Gradio's server functions (mint, frame) · snapshot(): the frame to send, now
-// onPicture(blob, info) and onState(state, message) tell the pad.
+// root: the server's address · appId: of the page's server · server: Gradio's server functions (mint, frame)
+// snapshot(): the frame to send, now · onPicture(blob, info), onState(state, message) and onStale() tell the pad.
 class Live {
-  constructor({ url, server, snapshot, onPicture, onState }) {
-    Object.assign(this, { url, server, snapshot, onPicture, onState });
+  constructor({ root, appId, server, snapshot, onPicture, onState, onStale }) {
+    Object.assign(this, { root, appId, server, snapshot, onPicture, onState, onStale });
     Object.assign(this, { dirty: false, urgent: false, flying: 0, seq: 0, shown: 0, failures: 0, sentAt: -1e9 });
     this.totals = [];       // the last few round trips, ms
     this.modelMs = 0;
@@ -39,6 +39,7 @@ class Live {
   touch(now) {
     this.dirty = true;
     this.urgent = this.urgent || now;
+    if (this.urgent || !this.slow) this.onState(this.failures ? "offline" : "busy");
     this.pump();
   }
 
@@ -57,15 +58,14 @@ class Live {
     if (!this.dirty || this.timer || this.flying >= this.mayFly || (this.slow && !this.urgent)) return;
     const wait = this.sentAt + MIN_GAP_MS - performance.now();
     if (wait > 0) return this.later(wait);
-    this.dirty = this.urgent = false;
+    this.dirty = this.urgent = this.refused = false;
     this.sentAt = performance.now();
     this.flying++;
-    this.onState("busy");
     this.send(++this.seq, this.snapshot()).catch((error) => this.failed(String(error)))
       .finally(() => {
         this.flying--;
         this.pump();
-        if (!this.flying && !this.dirty && !this.failures) this.onState("idle");
+        if (!this.flying && !this.dirty && !this.failures && !this.refused) this.onState("idle");
       });
   }
 
@@ -77,7 +77,10 @@ class Live {
     const start = performance.now();
     const body = await packFrame(seq, frame);
     const token = await this.mint();
-    if (!token) return this.failed("not signed in");
+    if (!token) {
+      if (await this.stale()) this.onStale();
+      return this.failed("not signed in");
+    }
     const reply = this.viaServer ? await this.postServer(token, body) : await this.postRoute(token, body);
     if (reply.status === 200) {
       this.failures = 0;
@@ -101,6 +104,7 @@ class Live {
       this.failed(reply.error);
     } else if (reply.status !== 204) {         // 4xx: asking again would not help
       this.failures = 0;
+      this.refused = true;
       this.onState("error", reply.error);
     }
   }
@@ -112,8 +116,15 @@ class Live {
     return this.token;
   }
 
+  // No token: is there another server at this address than the one the page came from? Then only a reload helps
+  // (its components have other numbers, or it wants a new login).
+  async stale() {
+    const reply = await fetch(this.root + "/app_id").catch(() => null);
+    return Boolean(reply && reply.ok && this.appId && (await reply.json()).app_id !== this.appId);
+  }
+
   async postRoute(token, body) {
-    const reply = await fetch(this.url, {
+    const reply = await fetch(this.root + "/live/frame", {
       method: "POST", body, headers: { "x-sketch-token": token, "content-type": "application/octet-stream" },
     });
     const blob = reply.status === 200 ? await reply.blob() : null;

@@ -48,7 +48,8 @@ function keep() {
 
 const config = window.gradio_config || {};
 const live = new Live({
-  url: (config.root || location.origin + location.pathname.replace(/\/$/, "")) + (config.api_prefix || "/gradio_api") + "/live/frame",
+  root: (config.root || location.origin + location.pathname.replace(/\/$/, "")) + (config.api_prefix || "/gradio_api"),
+  appId: config.app_id,
   server,
   snapshot: () => {
     ink.show(current);
@@ -69,9 +70,10 @@ const live = new Live({
   },
   onState: (state, message) => {
     root.dataset.state = state;
-    if (state === "offline") say("No answer from the server. Your drawing is kept; trying again …");
+    if (state === "offline" && message) say("No answer from the server. Your drawing is kept; trying again …");
     if (state === "error") say(message);
   },
+  onStale: () => { if (held === null) { keep(); location.reload(); } },
 });
 
 function paintPicture(bitmap) {

@@ -1,0 +1,155 @@
+"""One loaded model, and what it need not compute twice.
+
+    prompt --LRU--> token states --+
+    seed ----LRU--> noise ---------+--> denoise (ControlNet + transformer) --> decode --> JPEG
+    ink --> lines --LRU--> condition latent --+
+
+A cached prompt, seed or sketch costs nothing; an unchanged frame is the very same bytes. The keys are contents, never
+people, and one thread (sana_app/worker.py) calls `render`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sana_app.lines import condition_from_ink
+from sana_app.model import trigflow
+from sana_app.model.fast import use_token_convolutions
+from sana_app.model.pipeline import SanaSprintControlNetPipeline
+from sana_app.model.text import LRU, EncodedText, encode_text
+from sana_app.presets import Preset, styled
+from sana_app.request import RenderRequest
+
+STAGES = ("prompt", "lines", "condition", "controlnet", "transformer", "decode", "jpeg")  # in the order they run
+JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True, eq=False)
+class Rendered:
+    """One finished picture: pixels uint8 [H, W, 3] and as JPEG, ms by stage, and what the page should say about it."""
+
+    pixels: np.ndarray
+    jpeg: bytes
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+class Clock:
+    """Milliseconds by stage; waits for the device at both ends, so that a stage is charged with its own work."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.ms = device, {}
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.ms[stage] = self.ms.get(stage, 0.0) + 1000 * seconds
+
+    @contextmanager
+    def __call__(self, stage: str):
+        begun = self.now()
+        yield
+        self.add(stage, self.now() - begun)
+
+
+class Engine:
+    """`name` and `size` (px) are shown on the page; `styles`: style name -> words appended to the caption."""
+
+    def __init__(self, pipe: SanaSprintControlNetPipeline, name: str, styles: dict[str, str]):
+        self.pipe, self.name, self.styles, self.size = pipe, name, styles, pipe.default_size
+        self.prompts, self.noises, self.conditions, self.frames = LRU(64), LRU(64), LRU(8), LRU(16)
+        self.clock = Clock(pipe.device)
+        for stage in ("controlnet", "transformer"):
+            if (module := getattr(pipe, stage)) is not None:
+                self._time(module, stage)
+
+    @classmethod
+    def load(cls, preset: Preset) -> Engine:
+        """Read the model's weights; a missing, half-written or damaged folder is a ValueError that names the file."""
+        cuda = torch.cuda.is_available()
+        pipe = SanaSprintControlNetPipeline.from_pretrained(
+            preset.source, torch_dtype=torch.bfloat16 if cuda else torch.float32)
+        pipe.to("cuda" if cuda else "cpu")
+        for part in (pipe.transformer, pipe.controlnet):
+            if part is not None:
+                use_token_convolutions(part)
+        return cls(pipe, preset.name, preset.styles)
+
+    def _time(self, module: torch.nn.Module, stage: str) -> None:
+        begun = []
+        module.register_forward_pre_hook(lambda *_: begun.append(self.clock.now()))
+        module.register_forward_hook(lambda *_: self.clock.add(stage, self.clock.now() - begun.pop()))
+
+    @torch.inference_mode()
+    def render(self, request: RenderRequest) -> Rendered:
+        """The picture of one request: the same request gives the same bytes, whatever was rendered before."""
+        self.clock, begun = Clock(self.pipe.device), time.perf_counter()
+        lines = request.ink if self.pipe.controlnet is not None and request.strength > 0 else None
+        digest = None if lines is None else (lines.shape, hashlib.blake2b(lines.tobytes()).digest())
+        key = (digest, request.prompt, request.style, request.strength, request.steps, request.seed, request.guidance)
+        made = self.frames.get(key, lambda: self._make(request, lines, digest))
+        notices = request.notices + made.notices
+        if request.ink is not None and self.pipe.controlnet is None:
+            notices += ("This model has no ControlNet: it draws from the words alone.",)
+        stages_ms = {stage: self.clock.ms.get(stage, 0.0) for stage in STAGES}
+        return Rendered(made.pixels, made.jpeg, stages_ms | {"total": 1000 * (time.perf_counter() - begun)}, notices)
+
+    def _make(self, request: RenderRequest, lines: np.ndarray | None, digest) -> Rendered:
+        pipe, clock = self.pipe, self.clock
+        with clock("prompt"):
+            caption = styled(request.prompt, self.styles[request.style])
+            text: EncodedText = self.prompts.get(caption, lambda: encode_text(
+                pipe.tokenizer, pipe.text_encoder, [caption], pipe.text_settings))
+        cond = None if lines is None else self.conditions.get(digest, lambda: self._condition(lines))
+        latents, state = self.noises.get(request.seed, lambda: self._noise(request.seed))
+        x0 = pipe.denoise(latents, text.embeds, text.mask, cond, request.strength, request.guidance,
+                          trigflow.sprint_timesteps(request.steps), generator_at(state))     # [1, C, h, w]
+        with clock("decode"):
+            image = pipe.decode(x0)                                                          # [1, 3, H, W]
+        with clock("jpeg"):
+            pixels = (image[0].float() * 127.5 + 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+            jpeg = encode_jpeg(pixels)
+        return Rendered(pixels, jpeg, notices=cut_notice(text.cut[0]))
+
+    def _condition(self, lines: np.ndarray) -> torch.Tensor:
+        with self.clock("lines"):
+            image = condition_from_ink(lines, self.size)                                     # [1, 3, S, S]
+        with self.clock("condition"):
+            return self.pipe.encode_condition(image)                                         # [1, C, h, w]
+
+    def _noise(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """First noise of a seed, and the generator's state after it (2 and 4 steps draw on from there)."""
+        generator = torch.Generator().manual_seed(seed)
+        return self.pipe.noise(self.size, self.size, generator), generator.get_state()
+
+
+def generator_at(state: torch.Tensor) -> torch.Generator:
+    generator = torch.Generator()
+    generator.set_state(state)
+    return generator
+
+
+def cut_notice(rest: str) -> tuple[str, ...]:
+    """What the page says about words past the model's token limit."""
+    if not rest:
+        return ()
+    rest = rest if len(rest) <= 60 else rest[:57] + "…"
+    return (f"The prompt is too long for this model; not read: “{rest}”",)
+
+
+def encode_jpeg(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] -> JPEG, full colour resolution (a thin red line must stay red)."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return out.getvalue()
