@@ -1,0 +1,302 @@
+"""Measures a model folder on held-out concepts: prints a table, writes metrics.json and contact_sheet.png beside the model.
+
+    python -m training.evaluate --model assets/models/emoji --data runs/data/emoji-128
+
+What each number means is said by `KEYS`, and by the function of training.metrics that makes it.
+"""
+
+from __future__ import annotations
+
+import sana_app  # noqa: F401  (repairs torchvision before diffusers is imported)
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+from sana_app.lines import condition_from_ink
+from sana_app.model.pipeline import SanaSprintControlNetPipeline
+from training import metrics
+from training.autoencoder import psnr_db
+from training.checkpoint import write_atomic
+from training.data.cache import Pixels, pixel_cache
+from training.data.captions import article, styled, with_colour
+from training.data.colour import hue_of, recolour
+from training.data.emoji import PEOPLE
+
+STEPS = (1, 2, 4)
+COLOURS = ("red", "yellow", "green", "blue")
+SHEET_ROWS, SHEET_CELL_PX = 32, 128
+BATCH = 16
+KEYS = {  # key without its _2step, _4step, _off (1 step without ControlNet) -> what it is
+    "psnr_db": "autoencoder: real pictures there and back, dB",
+    "line_f1": "F1 of the drawn lines and the edges of the picture, 3 px at 256 px",
+    "line_f1_real": "the same for the real pictures: the ceiling",
+    "line_f1_chance": "the same for the real picture of another drawing: the floor",
+    "sharpness_ratio": "gradient energy over that of the real pictures",
+    "sharpness_ratio_vae": "the same for real pictures through the autoencoder: the ceiling",
+    "prompt_colour_shift": "red against blue in the prompt, same lines: change of the figure's mean colour (1 = as much as recolouring the real picture)",
+    "prompt_colour_right": f"share of pictures whose main hue is the one named, out of {', '.join(COLOURS)} (chance {1 / len(COLOURS)})",
+    "seed_diversity": "pixel distance between seeds, same lines and prompt, over that between different real pictures",
+    "latency_ms": "p50 of one picture: fp32, one step, no cache",
+}
+
+
+@dataclass
+class Pictures:
+    """The chosen held-out pictures, N of them."""
+
+    images: np.ndarray      # uint8 [N, S, S, 3]
+    inks: np.ndarray        # uint8 [N, S, S]
+    prompts: list[str]
+    meta: list[dict]
+
+    def some(self, rows: list[int]) -> Pictures:
+        return Pictures(self.images[rows], self.inks[rows], [self.prompts[i] for i in rows], [self.meta[i] for i in rows])
+
+
+def choose(pixels: Pixels, count: int, seed: int) -> Pictures:
+    """At most `count` pictures, one per (concept, style) and none skin-toned; concepts go round before styles repeat."""
+    order = np.random.default_rng(seed).permutation(len(pixels.meta))
+    concepts, styles, places = {}, {}, {}
+    for i in map(int, order):
+        about = pixels.meta[i]
+        if not about.get("toned"):
+            concept, style = about.get("concept", i), about.get("style", "")
+            concepts.setdefault(concept, len(concepts))
+            styles.setdefault(style, len(styles))
+            places.setdefault((concept, style), i)
+    turn = {i: ((styles[s] - concepts[c]) % len(styles), concepts[c]) for (c, s), i in places.items()}
+    rows = sorted(turn, key=turn.get)[:count]
+    return Pictures(np.array(pixels.images[rows]), np.array(pixels.inks[pixels.first_ink[rows]]),
+                    [pixels.captions[i][0] for i in rows], [pixels.meta[i] for i in rows])
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] -> [B, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def generate(pipe: SanaSprintControlNetPipeline, inks: np.ndarray, prompts: list[str], seeds: list[int], steps: int = 1,
+             scale: float = 1.0) -> np.ndarray:
+    """Pictures uint8 [N, S, S, 3]; each has its own seed, so that the size of the batch changes nothing."""
+    made = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        lines = torch.cat([condition_from_ink(ink, pipe.default_size) for ink in inks[part]]) if scale else None
+        out = pipe(prompts[part], lines, scale, steps, generator=[torch.Generator().manual_seed(s) for s in seeds[part]], output_type="pt")
+        made.append(to_uint8(out.images * 2 - 1))
+    return np.concatenate(made)
+
+
+# ---- the parts of the report ------------------------------------------------------------------------------------
+
+
+def autoencoder_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures) -> dict[str, float]:
+    """Real pictures there and back: encode_condition is the way of any picture into unit-scale latents."""
+    x = to_tensor(pictures.images)
+    y = torch.cat([pipe.decode(pipe.encode_condition(block)) for block in x.split(BATCH)])
+    return {"psnr_db": float(psnr_db(y, x).mean()), "sharpness_ratio_vae": metrics.sharpness_ratio(to_uint8(y), pictures.images)}
+
+
+def mean_line_f1(inks: np.ndarray, images: np.ndarray) -> float:
+    return float(np.mean([metrics.line_f1(ink, image) for ink, image in zip(inks, images)]))
+
+
+def line_numbers(pictures: Pictures, columns: dict[str, np.ndarray]) -> dict[str, float]:
+    """Line fidelity and sharpness of every generated column (`1step`, …, `off`)."""
+    found = {"line_f1_real": mean_line_f1(pictures.inks, pictures.images),
+             "line_f1_chance": mean_line_f1(pictures.inks, np.roll(pictures.images, 1, axis=0))}
+    for name, made in columns.items():
+        found[f"line_f1_{name}"] = mean_line_f1(pictures.inks, made)
+        found[f"sharpness_ratio_{name}"] = metrics.sharpness_ratio(made, pictures.images)
+    return found
+
+
+def colour_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, seeds: list[int]) -> dict[str, float]:
+    """Prompts that name four colours over the same lines and seeds. Only things that training recolours too: coloured, not people."""
+    figures = [metrics.figure_mask(image) for image in pictures.images]
+    alphas = [figure.astype(np.uint8) * 255 for figure in figures]
+    rows = [i for i, about in enumerate(pictures.meta)
+            if about.get("label") and about.get("group") != PEOPLE and hue_of(pictures.images[i], alphas[i])[1] > 0.3]
+    if not rows:
+        return {}
+    part, part_seeds = pictures.some(rows), [seeds[i] for i in rows]
+    made = {}
+    for colour in COLOURS:
+        prompts = [styled(article(with_colour(about["label"], colour)), about["style"]) for about in part.meta]
+        made[colour] = generate(pipe, part.inks, prompts, part_seeds)
+    shift = real = right = 0.0
+    for j, i in enumerate(rows):
+        shift += metrics.colour_shift(made["red"][j], made["blue"][j], figures[i])
+        real += metrics.colour_shift(*(recolour(pictures.images[i], alphas[i], c) for c in ("red", "blue")), figures[i])
+        right += sum(metrics.nearest_colour(made[c][j], figures[i], COLOURS) == c for c in COLOURS)
+    return {"prompt_colour_shift": shift / real, "prompt_colour_right": right / (len(rows) * len(COLOURS)), "prompt_colour_count": len(rows)}
+
+
+def diversity_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, seed: int, drawings: int = 16, seeds: int = 4) -> dict[str, float]:
+    part = pictures.some(list(range(min(drawings, len(pictures.prompts)))))
+    apart = metrics.pairwise_distance(part.images)
+    found = {}
+    for name, scale in (("seed_diversity", 1.0), ("seed_diversity_off", 0.0)):
+        made = np.stack([generate(pipe, part.inks, part.prompts, [seed + 1 + n] * len(part.prompts), scale=scale) for n in range(seeds)])
+        found[name] = float(np.mean([metrics.pairwise_distance(made[:, i]) for i in range(len(part.prompts))])) / apart
+    return found
+
+
+def latency_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, runs: int) -> dict[str, float]:
+    """Each network is timed inside a whole picture, one picture at a time, after two to warm up."""
+    clocks: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable) -> Callable:
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = work(*args, **kwargs)
+            clocks.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+            return result
+        return call
+
+    modules = {"controlnet": pipe.controlnet, "transformer": pipe.transformer}
+    for name, module in modules.items():
+        module.forward = timed(name, module.forward)
+    text, condition = timed("text", pipe.encode_prompt), timed("condition", pipe.encode_condition)
+    decode = timed("decode", pipe.decode)
+
+    @torch.no_grad()
+    def picture(i: int) -> None:
+        embeds, mask = text(pictures.prompts[i])
+        cond = condition(condition_from_ink(pictures.inks[i], pipe.default_size))
+        noise = pipe.noise(pipe.default_size, pipe.default_size, torch.Generator().manual_seed(i))
+        decode(pipe.denoise(noise, embeds, mask, cond))
+
+    whole = timed("p50", picture)
+    try:
+        for run in range(runs + 2):
+            whole(run % len(pictures.prompts))
+    finally:
+        for module in modules.values():
+            del module.forward  # the class's own method shows again
+    return {f"latency_ms_{name}": float(np.median(times[2:])) for name, times in clocks.items()}
+
+
+# ---- the report -------------------------------------------------------------------------------------------------
+
+
+def model_hash(folder: Path) -> str:
+    """Hash of everything that makes the pictures: weights, configs, tokenizer. Reports and READMEs do not count."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and (p.parent != folder or p.name in ("model_index.json", "prompt.json"))):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()[:16]
+
+
+def hardware() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{busy}"
+
+
+def write_sheet(columns: dict[str, np.ndarray], path: Path) -> None:
+    """Columns of pictures (uint8 [N, S, S, 3] each) in one PNG of 256 colours, two halves side by side, names above."""
+    cell, gap, head = SHEET_CELL_PX, 4, 20
+    count = len(next(iter(columns.values())))
+    half = -(-count // 2)
+    width = len(columns) * (cell + gap)
+    sheet = Image.new("RGB", (2 * width + 3 * gap, head + half * (cell + gap)), (225, 225, 225))
+    pen = ImageDraw.Draw(sheet)
+    for c, (name, pictures) in enumerate(columns.items()):
+        for i in range(count):
+            left, row = (i // half) * (width + 3 * gap) + c * (cell + gap), i % half
+            if row == 0:
+                pen.text((left + 4, 3), name, fill="black", font_size=13)
+            picture = Image.fromarray(pictures[i]).resize((cell, cell), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (left, head + row * (cell + gap)))
+    few = sheet.quantize(256, dither=Image.Dither.NONE)
+    write_atomic(path, lambda file: few.save(file, "PNG", optimize=True))
+
+
+def evaluate(model: Path, data: Path, split: str, count: int, seed: int, out: Path, cache: Path, runs: int = 20) -> dict:
+    """All numbers of a model folder; writes OUT/metrics.json and OUT/contact_sheet.png. ValueError names what is wrong with the input."""
+    pipe = SanaSprintControlNetPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if pipe.controlnet is None:
+        raise ValueError(f"{model} has no controlnet folder: there are no lines to follow")
+    pixels = pixel_cache(data, split, pipe.default_size, cache)
+    pictures = choose(pixels, count, seed)
+    seeds = [seed + i for i in range(len(pictures.prompts))]
+    cv2.setNumThreads(1)
+
+    found = autoencoder_numbers(pipe, pictures)
+    columns = {f"{n}step": generate(pipe, pictures.inks, pictures.prompts, seeds, n) for n in STEPS}
+    columns["off"] = generate(pipe, pictures.inks, pictures.prompts, seeds, scale=0.0)
+    found |= line_numbers(pictures, columns)
+    found["sharpness_ratio"] = found["sharpness_ratio_1step"]
+    found |= colour_numbers(pipe, pictures, seeds)
+    found |= diversity_numbers(pipe, pictures, seed)
+    found |= latency_numbers(pipe, pictures, runs)
+    found = {key: round(value, 4) for key, value in found.items()}
+    found |= {"split": split, "count": len(pictures.prompts), "concepts": len({m.get("concept", i) for i, m in enumerate(pictures.meta)}),
+              "seed": seed, "steps": list(STEPS), "size_px": pipe.default_size, "data_hash": pixels.hash, "model_hash": model_hash(model),
+              "hardware": hardware(), "python": platform.python_version(), **{name: version(name) for name in ("torch", "diffusers", "transformers")}}
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "metrics.json", lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+    drawn = np.repeat(255 - pictures.inks[..., None], 3, 3)
+    sheet = {"lines": drawn, "1 step": columns["1step"], "2 steps": columns["2step"], "4 steps": columns["4step"],
+             "1 step, no lines": columns["off"], "real": pictures.images}
+    write_sheet({name: pictures[:SHEET_ROWS] for name, pictures in sheet.items()}, out / "contact_sheet.png")
+    return found
+
+
+def table(found: dict) -> str:
+    """One line a measure, its steps side by side."""
+    lines = []
+    for key, meaning in KEYS.items():
+        family = rf"{key}(_\d+step|_off)?$" if key != "latency_ms" else rf"{key}_.*"
+        values = [f"{name.removeprefix(key).strip('_') or 'all'} {value:g}" for name, value in found.items() if re.match(family, name)]
+        lines += [f"{key}: {meaning}", "    " + "   ".join(values)] if values else []
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=Path("assets/models/emoji"), help="model folder with a controlnet in it")
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards, or of NAME.png + NAME.txt")
+    parser.add_argument("--split", default="val", help="which shards (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=128, help="pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and of the noise")
+    parser.add_argument("--out", type=Path, help="where metrics.json and contact_sheet.png go (default: the model folder)")
+    parser.add_argument("--cache", type=Path, default=Path("runs/cache"), help="where decoded pictures are kept")
+    args = parser.parse_args()
+    if args.count < 2:
+        parser.error(f"--count {args.count}: wanted at least 2 pictures")
+    try:
+        found = evaluate(args.model, args.data, args.split, args.count, args.seed, args.out or args.model, args.cache)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(table(found))
+    print(f"{found['count']} pictures of {found['concepts']} concepts, split {found['split']}; {found['hardware']}")
+
+
+if __name__ == "__main__":
+    main()
