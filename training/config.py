@@ -1,0 +1,121 @@
+"""One flat configuration for the whole chain, and the table of named recipes with what each one reached."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that shapes a run. Steps are optimiser steps; sizes are px; learning rates are peak values."""
+
+    # data
+    data: str = ""                     # folder of shards or of loose pictures
+    size_px: int = 128                 # side of the pictures
+    toned_weight: float = 0.25         # sampling weight of a skin-toned variant against 1 for any other picture
+    caption_dropout: float = 0.1       # share of samples trained with the empty prompt
+    # machine
+    precision: str = "bf16"            # autocast type: bf16 or fp32; master weights are always fp32
+    compile: bool = False              # torch.compile the hot functions (needs a C++ compiler on the CPU)
+    micro_batches: int = 1             # gradient accumulation: each batch is split into this many parts
+    checkpointing: bool = False        # gradient checkpointing in the transformer and the ControlNet
+    seed: int = 0
+    save_minutes: float = 5.0          # time between checkpoints
+    preview_steps: int = 250           # steps between contact sheets and validation; 0 = only at the end
+    # autoencoder
+    ae_channels: tuple = (32, 32, 64, 128, 256)
+    ae_encoder_layers: tuple = (0, 1, 1, 1, 1)
+    ae_decoder_layers: tuple = (0, 1, 2, 2, 2)
+    ae_latent_channels: int = 32
+    ae_steps: int = 1000
+    ae_batch: int = 16
+    ae_lr: float = 1e-3
+    ae_crop_px: int = 64               # side of the crops in the first part of the training
+    ae_crop_share: float = 0.5         # part of the steps that train on crops (4 times as many of them a batch)
+    ae_lines_share: float = 0.2        # share of line drawings among the pictures: they are encoded too
+    ae_latent_noise: float = 0.05      # noise on the latent, in latent std: the decoder must forgive the denoiser
+    ae_adv_weight: float = 0.0         # weight of the adversarial term; 0 = off
+    ae_adv_start: float = 0.7          # part of the steps after which it joins
+    # transformer
+    heads: int = 8                     # width = 32 * heads
+    cross_heads: int = 8
+    layers: int = 8
+    text_encoder: str = "minilm"       # "minilm", or a folder with text_encoder/ and tokenizer/
+    max_tokens: int = 32
+    # teacher (flow matching)
+    teacher_steps: int = 1000
+    teacher_batch: int = 48
+    teacher_lr: float = 1e-3
+    teacher_shift: float = 1.0         # flow shift: 1 at 128 px, 3 at 1024 px
+    teacher_clip: float = 1.0          # gradient norm
+    # ControlNet (flow matching with lines)
+    controlnet_layers: int = 3
+    controlnet_steps: int = 1000
+    controlnet_batch: int = 48
+    controlnet_lr: float = 1e-3
+    controlnet_base_lr: float = 0.0    # learning rate of the teacher beneath it; 0 = frozen, as published
+    controlnet_no_lines: float = 0.15  # share of samples without lines when the base learns too, so that it does not forget
+    # student (sCM + LADD)
+    student_steps: int = 1000          # alternating: every other step trains the discriminator
+    student_batch: int = 32
+    student_lr: float = 1e-4
+    student_disc_lr: float = 2e-4
+    student_clip: float = 1.0
+    student_base: bool = True          # train the student's transformer; False: its ControlNet only, on a finished student
+    scm_mean: float = 0.0              # training times: tau = exp(N(mean, std)), t = arctan(tau / sigma_data)
+    scm_std: float = 1.6
+    scm_warmup: int = 200              # steps over which the tangent's second part is ramped up
+    scm_weight: float = 1.0
+    ladd_weight: float = 0.5
+    ladd_t_max_share: float = 0.5      # share of adversarial samples whose student time is t_max
+    guidance: tuple = (4.0, 4.5, 5.0)  # guidance scales the student is trained for
+    disc_blocks: tuple = (2, 4, 6, 7)  # teacher blocks whose output the discriminator reads
+    ema: float = 0.999                 # decay of the averaged weights that are saved; ramped up from 0
+    lr_warmup_steps: int = 50
+    lr_final: float = 0.05             # cosine decay down to this part of the peak; 1 = constant
+
+
+RECIPES: dict[str, dict] = {
+    # the whole chain in under two minutes on two cores, for the tests and for a first look
+    "tiny-cpu": dict(data="assets/sample", size_px=64, precision="fp32", preview_steps=0, save_minutes=1.0,
+                     ae_channels=(16, 16, 32, 32, 64), ae_decoder_layers=(0, 1, 1, 1, 1), ae_latent_channels=16, ae_steps=60, ae_batch=8, ae_crop_px=32,
+                     heads=4, cross_heads=4, layers=4, teacher_steps=40, teacher_batch=16, controlnet_layers=2, controlnet_steps=40, controlnet_batch=16,
+                     controlnet_base_lr=5e-4, student_steps=20, student_batch=8, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
+    # two CPU cores, an evening
+    "emoji-128": dict(data="runs/data/emoji-128", size_px=128, compile=True, ae_steps=3000, teacher_steps=1000, controlnet_steps=2000,
+                      controlnet_base_lr=5e-4, student_steps=800),
+    # one GPU, under an hour, in resumable slices
+    "emoji-256": dict(data="runs/data/emoji-256", size_px=256, compile=True, ae_channels=(32, 64, 128, 256, 256, 256), ae_encoder_layers=(0, 1, 1, 1, 1, 1),
+                      ae_decoder_layers=(0, 1, 2, 2, 2, 2), ae_steps=12000, ae_batch=64, ae_crop_px=128, ae_adv_weight=0.05,
+                      heads=12, cross_heads=12, layers=12, teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4, controlnet_layers=4, controlnet_steps=15000,
+                      controlnet_batch=256, controlnet_lr=5e-4, controlnet_base_lr=2e-4, student_steps=6000, student_batch=128, disc_blocks=(2, 5, 8, 11)),
+}
+
+
+def parse_value(text: str, default: object) -> object:
+    """`text` in the type of `default`. ValueError says what was wanted."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            element = type(default[0])
+            return tuple(element(p) for p in text.strip("()").split(",") if p.strip())
+        return kind(text)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{text!r} is not a {kind.__name__} like {default!r}") from error
+
+
+def load_config(recipe: str, overrides: list[str] = ()) -> Config:
+    """The named recipe with `key=value` overrides. ValueError names the unknown recipe or key and the known ones."""
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; known: {', '.join(RECIPES)}")
+    values = dict(RECIPES[recipe])
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or key not in defaults:
+            raise ValueError(f"--set {item!r}: wanted key=value with key one of {', '.join(defaults)}")
+        values[key] = parse_value(text, defaults[key])
+    return Config(**values)

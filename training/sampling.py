@@ -1,0 +1,46 @@
+"""Sampling during training: the teacher's guided ODE and the student's consistency steps, both in TrigFlow form."""
+
+from __future__ import annotations
+
+import torch
+
+from sana_app.model import trigflow
+from sana_app.model.network import TrigFlowTeacher
+from training.batches import Batch
+
+
+def guided_F(teacher: TrigFlowTeacher, x: torch.Tensor, t: torch.Tensor, batch: Batch, w: torch.Tensor | float,
+             scale: torch.Tensor | float = 1.0) -> torch.Tensor:
+    """Classifier-free guidance: F_u + w·(F_c - F_u), both halves in one forward. x = x_t / sigma_data [B, C, h, w], t [B], w [B]
+    or number, `scale` the conditioning scale (number or [B])."""
+    length = max(batch.text.shape[1], batch.null_text.shape[1])
+    pad = lambda a: torch.nn.functional.pad(a, (0, 0) * (a.ndim - 2) + (0, length - a.shape[1]))
+    twice = lambda a: torch.cat([a, a])
+    scale = twice(scale) if torch.is_tensor(scale) else scale
+    F_c, F_u = teacher(twice(x), twice(t), torch.cat([pad(batch.text), pad(batch.null_text)]), torch.cat([pad(batch.mask), pad(batch.null_mask)]),
+                       twice(batch.cond), scale).chunk(2)
+    w = w.view(-1, 1, 1, 1) if torch.is_tensor(w) else w
+    return F_u + w * (F_c - F_u)
+
+
+@torch.no_grad()
+def sample_teacher(teacher: TrigFlowTeacher, batch: Batch, noise: torch.Tensor, steps: int, w: float, scale: float = 1.0) -> torch.Tensor:
+    """Deterministic ODE from `noise` (unit variance, [B, C, h, w]) to unit-variance clean latents in `steps` Euler steps on the arc."""
+    x = noise * trigflow.SIGMA_DATA
+    times = trigflow.ode_timesteps(steps)
+    for t, u in zip(times[:-1], times[1:]):
+        F = guided_F(teacher, x / trigflow.SIGMA_DATA, torch.full((len(x),), t, device=x.device), batch, w, scale)
+        x = trigflow.ode_step(x, F, t, u)
+    return x / trigflow.SIGMA_DATA
+
+
+@torch.no_grad()
+def sample_student(student: TrigFlowTeacher, batch: Batch, noises: list[torch.Tensor], w: float, scale: float = 1.0) -> torch.Tensor:
+    """Consistency sampling in len(noises) steps (1, 2 or 4): unit-variance noises [B, C, h, w] -> unit-variance clean latents."""
+    times = trigflow.sprint_timesteps(len(noises))
+    x0 = torch.zeros_like(noises[0])
+    for t, noise in zip(times[:-1], noises):
+        x = trigflow.interpolate(x0, noise * trigflow.SIGMA_DATA, t)
+        F = student(x / trigflow.SIGMA_DATA, torch.full((len(x),), t, device=x.device), batch.text, batch.mask, batch.cond, scale, guidance=w)
+        x0 = trigflow.clean_from_F(x, F, t)
+    return x0 / trigflow.SIGMA_DATA

@@ -1,0 +1,159 @@
+"""Stage 4: the one-step student, with its ControlNet (SANA-Sprint §3: sCM + LADD; the same losses distil the ControlNet).
+
+Student and discriminator alternate step by step. The student starts as its teacher; nothing is drawn twice from the
+same numbers; formulas are in losses.py and sana_app.model.trigflow, the discriminator in discriminator.py.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import nn
+
+from sana_app.model import trigflow
+from sana_app.model.attention import use_explicit_softmax
+from sana_app.model.controlnet import SanaSprintControlNetModel
+from sana_app.model.convert import sprint_from_teacher
+from sana_app.model.network import TrigFlowTeacher, network_time
+from training.batches import Batch, Corpus
+from training.config import Config
+from training.discriminator import Discriminator
+from training.loop import Draws, Ema, adamw, apply_gradients, autocast, device, maybe_compile, run
+from training.losses import hinge_discriminator, hinge_generator, jvp_of_student, normalised_tangent, scm_loss, scm_tangent
+from training.sampling import guided_F, sample_student
+from training.sheets import contact_sheet
+
+SIGMA_DATA = trigflow.SIGMA_DATA
+
+
+def load_teacher(out: Path) -> TrigFlowTeacher:
+    """The frozen teacher: the transformer and ControlNet of the ControlNet stage."""
+    folder = out / "controlnet"
+    if not (folder / "controlnet").is_dir():
+        raise ValueError(f"no teacher with ControlNet at {folder}: run the controlnet stage first")
+    pair = TrigFlowTeacher(SanaTransformer2DModel.from_pretrained(folder / "transformer"), SanaSprintControlNetModel.from_pretrained(folder / "controlnet"))
+    use_explicit_softmax(pair)
+    return pair.to(device()).requires_grad_(False).eval()
+
+
+class Logvar(nn.Module):
+    """The sCM loss's learnt weight: a linear map of the student's time embedding. [B] -> [B].
+
+    It starts at -log(numbers in a latent), where it ends up anyway: the tangent has length 1, so its mean square is
+    1/numbers. From zero, sCM would be that much too weak beside the adversarial loss for the first thousand steps.
+    """
+
+    def __init__(self, width: int, numbers: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.constant_(self.linear.bias, -math.log(numbers))
+
+    def forward(self, transformer: SanaTransformer2DModel, t: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+        config = transformer.config
+        _, embedded = transformer.time_embed(network_time(trigflow.flow_time(t), config), guidance=guidance * config.guidance_embeds_scale, hidden_dtype=t.dtype)
+        return self.linear(embedded.float())[:, 0]
+
+
+def adversarial_times(normal: torch.Tensor, chosen: torch.Tensor, t: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(student time, discriminator time). The student's time is t_max where `chosen` ~ U(0, 1) is below `share`, else `t`;
+    the discriminator's is arctan(exp(N(-0.6, 1))/sigma_data). All [B]."""
+    student = torch.where(chosen < share, torch.full_like(t, trigflow.T_MAX), t)
+    return student, trigflow.t_from_normal(normal, -0.6, 1.0)
+
+
+def train_student(config: Config, out: Path) -> None:
+    """Trains, and writes OUT/student/{transformer,controlnet} with the averaged weights."""
+    corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
+    teacher = load_teacher(out)
+    torch.manual_seed(config.seed)
+    student = TrigFlowTeacher(sprint_from_teacher(teacher.transformer), sprint_from_teacher(teacher.controlnet)).to(device())
+    use_explicit_softmax(student)
+    student.requires_grad_(True)
+    student.transformer.requires_grad_(config.student_base)
+    logvar = Logvar(32 * config.heads, held_out.latents.images[0].size).to(device())
+    disc = Discriminator(teacher, config.disc_blocks).to(device())
+    ema = Ema(student, config.ema)
+    opt = adamw([([p for p in student.parameters() if p.requires_grad] + list(logvar.parameters()), config.student_lr)], config)
+    disc_opt = adamw([(list(disc.parameters()), config.student_disc_lr)], config)
+    no_lines = config.controlnet_no_lines if config.student_base else 0.0
+
+    def consistency(x_t, t, w, batch: Batch, scale, r) -> torch.Tensor:
+        with autocast(config):
+            with torch.no_grad():
+                dxdt = SIGMA_DATA * guided_F(teacher, x_t / SIGMA_DATA, t, batch, w, scale)
+                function = lambda x, t: student(x, t, batch.text, batch.mask, batch.cond, scale, w)
+                F_minus, dF = jvp_of_student(function, x_t / SIGMA_DATA, t, dxdt)
+                g = normalised_tangent(scm_tangent(F_minus, dF, x_t, dxdt, t, r))
+            F = student(x_t / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale, w)
+        return scm_loss(F, F_minus, g, t, logvar(student.transformer, t, w)).mean()
+
+    def one_step(x_t, t, w, batch: Batch, scale) -> torch.Tensor:
+        F = student(x_t / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale, w)
+        return trigflow.clean_from_F(x_t, F, t)
+
+    def judge(x0, z, t, batch: Batch, scale) -> torch.Tensor:
+        return disc(trigflow.interpolate(x0, z, t) / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale)
+
+    def adversarial(x_t, t, z_d, t_d, w, batch: Batch, scale) -> torch.Tensor:
+        with autocast(config):
+            return hinge_generator(judge(one_step(x_t, t, w, batch, scale), z_d, t_d, batch, scale).float()).mean()
+
+    def discriminate(x_t, t, real, z_d, t_d, w, batch: Batch, scale) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast(config):
+            with torch.no_grad():
+                fake = one_step(x_t, t, w, batch, scale)
+            twice = Batch(*(torch.cat([a, a]) if torch.is_tensor(a) else a for a in vars(batch).values()))
+            both = judge(torch.cat([real, fake]), z_d, t_d, twice, torch.cat([scale, scale])).float()
+        real_logits, fake_logits = both.chunk(2)
+        return hinge_discriminator(real_logits, fake_logits).mean(), (real_logits.mean() - fake_logits.mean()).detach()
+
+    consistency, adversarial, discriminate = (maybe_compile(config, f) for f in (consistency, adversarial, discriminate))
+
+    def train_step(step: int, draws: Draws) -> dict[str, float]:
+        count = config.student_batch
+        batch = corpus.draw(count, draws)
+        x0, z = batch.x0 * SIGMA_DATA, draws.normal(*batch.x0.shape) * SIGMA_DATA
+        t = trigflow.t_from_normal(draws.normal(count), config.scm_mean, config.scm_std)
+        w = torch.tensor(config.guidance, device=x0.device)[(draws.uniform(count) * len(config.guidance)).long()]
+        scale = (draws.uniform(count) >= no_lines).float()
+        t_adv, t_disc = adversarial_times(draws.normal(count), draws.uniform(count), t, config.ladd_t_max_share)
+        x_adv, z_disc = trigflow.interpolate(x0, z, t_adv), draws.normal(*x0.shape) * SIGMA_DATA
+        if step % 2:
+            # real and fake are re-noised with draws of their own
+            z_real, t_real = draws.normal(*x0.shape) * SIGMA_DATA, trigflow.t_from_normal(draws.normal(count), -0.6, 1.0)
+            loss, margin = discriminate(x_adv, t_adv, x0, torch.cat([z_real, z_disc]), torch.cat([t_real, t_disc]), w, batch, scale)
+            loss.backward()
+            return {"disc_loss": float(loss.detach()), "margin": float(margin), **apply_gradients(disc_opt, step, config.student_steps, config.student_clip, config)}
+        numbers = {}
+        if config.scm_weight:
+            # a tensor, so that compiled code does not see a new constant at every step
+            r = torch.tensor(min(1.0, step / max(1, config.scm_warmup)), device=x0.device)
+            loss = config.scm_weight * consistency(trigflow.interpolate(x0, z, t), t, w, batch, scale, r)
+            loss.backward()
+            numbers["scm"] = float(loss.detach())
+        if config.ladd_weight:
+            loss = config.ladd_weight * adversarial(x_adv, t_adv, z_disc, t_disc, w, batch, scale)
+            loss.backward()
+            numbers["ladd"] = float(loss.detach())
+        numbers |= apply_gradients(opt, step, config.student_steps, config.student_clip, config)
+        ema.update(student, step // 2)
+        return numbers
+
+    def preview(step: int, folder: Path) -> dict[str, float]:
+        batch, draws = held_out.fixed(16), Draws(7, 0)
+        noises = [draws.normal(*batch.x0.shape) for _ in range(4)]
+        w = config.guidance[len(config.guidance) // 2]
+        with autocast(config):
+            found = [sample_student(ema.module, batch, noises[:n], w) for n in (1, 2, 4)]
+        rows = [held_out.drawings(batch), *(held_out.decode(x).cpu() for x in found), held_out.decode(batch.x0).cpu()]
+        contact_sheet(torch.cat(rows), folder / f"preview-{step:06d}.png", 16)
+        return {f"distance_{n}step": float((x - batch.x0).abs().mean()) for n, x in zip((1, 2, 4), found)}
+
+    run("student", out, config, config.student_steps, {"student": student, "logvar": logvar, "ema": ema, "opt": opt, "disc": disc, "disc_opt": disc_opt},
+        train_step, config.student_batch, preview, corpus.pixels.hash)
+    ema.module.transformer.save_pretrained(out / "student" / "transformer")
+    ema.module.controlnet.save_pretrained(out / "student" / "controlnet")
