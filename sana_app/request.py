@@ -32,16 +32,16 @@ class RenderRequest:
 def number(value, name: str, low: float, high: float) -> float:
     """A finite number in [low, high], else ValueError naming the field, what came and what was wanted."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}: a number from {low:g} to {high:g} is wanted, got {shown(value)}")
+        raise ValueError(f"{name}: a number from {low:.10g} to {high:.10g} is wanted, got {shown(value)}")
     if not low <= value <= high:
-        raise ValueError(f"{name}: a number from {low:g} to {high:g} is wanted, got {shown(value)}")
+        raise ValueError(f"{name}: a number from {low:.10g} to {high:.10g} is wanted, got {shown(value)}")
     return float(value)
 
 
 def whole(value, name: str, low: int, high: int) -> int:
     value = number(value, name, low, high)
     if value != int(value):
-        raise ValueError(f"{name}: a whole number is wanted, got {value:g}")
+        raise ValueError(f"{name}: a whole number is wanted, got {value:.10g}")
     return int(value)
 
 

@@ -133,7 +133,7 @@ def build_page(engine) -> SketchBlocks:
                         elem_id="sketch-pad")
         c |= tuning_row(start)
         connect(demo, pad, c)
-        add_api(engine, worker, c)
+        add_api(engine, worker, start)
     demo.service = service
     demo.before_launch = lambda: pad.show_first(worker.submit("first page", first_request(examples[0], start)).result().jpeg)
     demo.queue(max_size=32, api_open=False)
@@ -187,8 +187,21 @@ def first_request(example: dict, start: dict) -> RenderRequest:
     return RenderRequest(ink=ink, **{k: start[k] for k in ("prompt", "style", "strength", "steps", "seed", "guidance")})
 
 
-def add_api(engine, worker: RenderWorker, c: dict) -> None:
-    """`generate`, the one endpoint for programs: sketch file and settings -> picture and what was done."""
+class SketchFile(gr.Image):
+    """An image in the API whose file is opened by `read_sketch` only, under its own bounds."""
+
+    def preprocess(self, payload):
+        return payload.path if payload else None
+
+    def get_block_name(self):
+        return "image"
+
+
+def add_api(engine, worker: RenderWorker, start: dict) -> None:
+    """`generate`, the one endpoint for programs: sketch file and settings -> picture and what was done.
+
+    Its fields are hidden and unbounded, so that every refusal is check_request's, in its words.
+    """
 
     def generate(sketch, prompt, style, strength, steps, seed, guidance):
         try:
@@ -197,16 +210,19 @@ def add_api(engine, worker: RenderWorker, c: dict) -> None:
             done = worker.submit(f"api {uuid4()}", request).result(timeout=JOB_LIMIT_S)
         except (ValueError, Busy) as error:
             raise gr.Error(str(error), print_exception=False) from None
+        except TimeoutError:
+            raise gr.Error(f"no picture within {JOB_LIMIT_S:g} s", print_exception=False) from None
         info = {"seed": request.seed, "steps": request.steps, "model": engine.name, "notices": list(done.notices),
                 "stages_ms": {name: round(ms, 2) for name, ms in done.stages_ms.items()}}
         return done.pixels, info
 
     with gr.Group(visible=False):
-        sketch = gr.Image(label="sketch", type="filepath", image_mode=None, sources=["upload"])
+        sketch = SketchFile(label="sketch", type="filepath", sources=["upload"])
+        words = [gr.Textbox(start[name], label=name) for name in ("prompt", "style")]
+        numbers = [gr.Number(start[name], label=name) for name in ("strength", "steps", "seed", "guidance")]
         picture, info, run = gr.Image(label="picture", format="png"), gr.JSON(label="info"), gr.Button("generate")
-    order = ("prompt", "style", "strength", "steps", "seed", "guidance")
-    run.click(generate, [sketch, *(c[name] for name in order)], [picture, info], api_name="generate",
-              concurrency_limit=4, show_progress="hidden")
+    run.click(generate, [sketch, *words, *numbers], [picture, info], api_name="generate", concurrency_limit=4,
+              show_progress="hidden")
 
 
 def read_sketch(path: str | None) -> np.ndarray | None:
