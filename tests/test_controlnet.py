@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from layouts import CAPTION_CHANNELS, tiny_controlnet, tiny_transformer
+from diffusers import SanaTransformer2DModel
+from layouts import CAPTION_CHANNELS, PUBLISHED_TRANSFORMER_CONFIG, tiny_controlnet, tiny_transformer
 from torch.testing import assert_close
 
 from sana_app.model import trigflow
@@ -57,6 +58,20 @@ def test_copies_every_shared_weight_and_config_value(guidance_embeds):
     copied = ("qk_norm", "guidance_embeds", "guidance_embeds_scale", "timestep_scale", "caption_channels", "sample_size")
     assert {k: controlnet.config[k] for k in copied} == {k: model.config[k] for k in copied}
     assert controlnet.config.num_layers == 3
+
+
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_the_published_1_6b_shape_fits(guidance_embeds):
+    """On the meta device: nothing in copying or converting depends on the small sizes of the other tests."""
+    config = {k: v for k, v in PUBLISHED_TRANSFORMER_CONFIG.items() if k[0] != "_"}
+    with torch.device("meta"):
+        model = SanaTransformer2DModel(**config | dict(guidance_embeds=guidance_embeds))
+        controlnet = SanaSprintControlNetModel.from_transformer(model, 7)
+        if not guidance_embeds:
+            model, controlnet = sprint_from_teacher(model), sprint_from_teacher(controlnet)
+    size, control_size = (sum(p.numel() for p in m.parameters()) for m in (model, controlnet))
+    assert round(size / 1e9, 1) == 1.6 and round(control_size / 1e9, 1) == 0.6
+    assert len(controlnet.transformer_blocks) == len(controlnet.controlnet_blocks) == 7
 
 
 def test_without_copying_the_weights_are_its_own():
@@ -171,6 +186,7 @@ def times_seen(model, call):
 
 @pytest.mark.parametrize("overrides, factor", [
     (dict(), 1.0),
+    (dict(timestep_scale=1.0), 1.0),
     (dict(guidance_embeds=False), 1.0),
     (dict(guidance_embeds=False, timestep_scale=1.0), 1000.0),
 ])  # fmt: skip
