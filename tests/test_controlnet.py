@@ -115,6 +115,33 @@ def test_lines_guidance_time_and_strength_all_matter(batch):
     assert_close(each[:, 1], base[:, 1], **EXACT)
 
 
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_copied_blocks_compute_what_the_base_blocks_compute(guidance_embeds, batch):
+    """Blind to the lines and with identity outputs, residual i is the output of base block i - 1, padding left out."""
+    model = tiny_transformer(guidance_embeds=guidance_embeds)
+    controlnet = SanaSprintControlNetModel.from_transformer(model, 3)
+    for block in controlnet.controlnet_blocks:
+        torch.nn.init.eye_(block.weight)
+    outputs, residuals = [], []
+    for net, store in ((model.transformer_blocks, outputs), (controlnet.controlnet_blocks, residuals)):
+        for block in net:
+            block.register_forward_hook(lambda m, i, o, store=store: store.append(o))
+    given = []
+    model.register_forward_pre_hook(lambda m, i, kw: given.extend(kw["controlnet_block_samples"]), with_kwargs=True)
+    F(model, batch, controlnet=controlnet)
+    assert len(given) == 3
+    # only the first two base blocks are untouched by a residual
+    for i in range(2):
+        assert_close(given[i], outputs[i], rtol=0, atol=1e-6)
+    assert_close(torch.stack(given), torch.stack(residuals), **EXACT)
+
+    batch["text"][1, 2:] += 1.0  # where the mask is 0
+    before = given.copy()
+    given.clear()
+    F(model, batch, controlnet=controlnet)
+    assert_close(given, before, rtol=0, atol=1e-6)
+
+
 def test_residual_i_enters_after_block_i(batch):
     """Blocks 0 and 1 never see the sketch (their output may be cached), block 2 does."""
     model = tiny_transformer()
