@@ -40,7 +40,7 @@ HEAD_JS = """element.querySelector(".sk-model").textContent = props.model;"""
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
-.gradio-container > main, .gradio-container main.fillable { padding: 22px clamp(16px, 4vw, 44px) 40px !important; }
+.gradio-container > .main { padding: 22px clamp(16px, 4vw, 44px) 40px !important; }
 footer { display: none !important; }
 .sk-head { display: flex; align-items: baseline; gap: 4px 16px; flex-wrap: wrap; padding: 2px 2px 6px; }
 .sk-head h1 { margin: 0; font-family: Georgia, "Iowan Old Style", "Liberation Serif", serif; font-size: 29px; font-weight: 500;
@@ -56,9 +56,10 @@ footer { display: none !important; }
 .sk-head { max-width: calc(2 * min(62vh, 600px) + 28px); margin: 0 auto; }
 #prompt textarea, #prompt input { font-size: 17px; }
 #seed-row { gap: 8px; flex-wrap: nowrap; align-items: end; }
+.dark #tuning input[type=range] { --neutral-200: var(--neutral-700); }
 #style input { font-size: 15px; min-height: 24px; }
 @media (max-width: 800px) {
-  .gradio-container > main, .gradio-container main.fillable { padding: 14px 16px 32px !important; }
+  .gradio-container > .main { padding: 14px 16px 32px !important; }
   #wish .form { gap: 10px !important; }
   .sk-head .sk-model { margin-left: 0; }
 }
@@ -118,7 +119,7 @@ def first_settings(example: dict) -> dict:
             "guidance": 4.5, "lock": True, "live": True}
 
 
-def build_page(engine) -> SketchBlocks:
+def build_page(engine, **pad_options) -> SketchBlocks:
     """The page for one engine: `name`, `size` (px), `styles`, `render(request)`."""
     worker = RenderWorker(engine.render)
     service = LiveService(worker, tuple(engine.styles))
@@ -130,7 +131,7 @@ def build_page(engine) -> SketchBlocks:
         gr.HTML(html_template=HEAD, js_on_load=HEAD_JS, apply_default_css=False, model=f"{engine.name} · {engine.size} px")
         c = wish_row(engine, start)
         pad = SketchPad(service, examples=examples, settings=start, side=256 if engine.size <= 256 else 512,
-                        elem_id="sketch-pad")
+                        elem_id="sketch-pad", **pad_options)
         c |= tuning_row(start)
         connect(demo, pad, c)
         add_api(engine, worker, start)
@@ -152,9 +153,9 @@ def wish_row(engine, start: dict) -> dict:
 
 def tuning_row(start: dict) -> dict:
     with gr.Row(elem_id="tuning"):
-        strength = gr.Slider(0, STRENGTH_MAX, start["strength"], step=0.05, label="Follow the lines",
+        strength = gr.Slider(0, STRENGTH_MAX, start["strength"], step=0.05, label="Line strength",
                              elem_id="strength", min_width=200)
-        guidance = gr.Slider(1, 10, start["guidance"], step=0.5, label="Follow the words",
+        guidance = gr.Slider(1, 10, start["guidance"], step=0.5, label="Word strength",
                              elem_id="guidance", min_width=200)
         steps = gr.Radio([(str(n), n) for n in STEPS], value=start["steps"], label="Steps", elem_id="steps", min_width=140)
         with gr.Column(min_width=240):

@@ -12,13 +12,14 @@ from sana_app.ui import build_page
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-WAIT_MS = 20_000
+WAIT_MS = 60_000
+STARVED_MS = 20_000  # a busy test machine is not a slow model: live pictures go on up to this round trip
 
 
 @contextmanager
-def served(engine=None, **launch):
+def served(engine=None, slow_ms=STARVED_MS, **launch):
     """The page for `engine` on a free loopback port (or the one given); yields (blocks, url)."""
-    page = build_page(engine or EchoEngine())
+    page = build_page(engine or EchoEngine(), slow_ms=slow_ms)
     try:
         _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **launch)
         yield page, url

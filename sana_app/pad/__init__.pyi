@@ -26,9 +26,10 @@ def read_examples() -> list[dict]:
 from gradio.events import Dependency
 
 class SketchPad(gr.HTML):
-    """`side`: of the ink raster, 256 or 512. `settings`: the controls' first values. `picture`: data URI or None."""
+    """`side`: of the ink raster, 256 or 512. `settings`: the controls' first values. `slow_ms`: of a round trip, see live.js."""
 
-    def __init__(self, service: LiveService, *, examples: list[dict], settings: dict, side: int, **kwargs):
+    def __init__(self, service: LiveService, *, examples: list[dict], settings: dict, side: int, slow_ms: int = 400,
+                 **kwargs):
         async def mint(_) -> dict:  # Gradio checks the login before it calls a server function
             return {"token": service.tokens.mint()}
 
@@ -42,7 +43,7 @@ class SketchPad(gr.HTML):
             js_on_load="\n".join((HERE / name).read_text() for name in ("strokes.js", "live.js", "pad.js")),
             apply_default_css=False,
             server_functions=[mint, frame],
-            examples=examples, settings=settings, side=side, picture=None,
+            examples=examples, settings=settings, side=side, slow_ms=slow_ms, picture=None,
             **kwargs,
         )
 

@@ -1,7 +1,6 @@
 // The browser's half of the live loop: newest frame wins, one or two requests in flight, late replies dropped.
 
 const MIN_GAP_MS = 30;       // never more than about 33 requests a second, however fast the pen or the server
-const SLOW_MS = 400;         // above this a picture is asked for when the pen is lifted, not on the way
 const RETRY_MS = [300, 600, 1200, 2500, 4000];
 
 async function deflate(bytes) {
@@ -23,10 +22,11 @@ const toBase64 = (bytes) => btoa(Array.from(bytes, (b) => String.fromCharCode(b)
 const fromBase64 = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
 
 // root: the server's address · appId: of the page's server · server: Gradio's server functions (mint, frame)
+// slowMs: above this a picture is asked for when the pen is lifted, not on the way
 // snapshot(): the frame to send, now · onPicture(blob, info), onState(state, message) and onStale() tell the pad.
 class Live {
-  constructor({ root, appId, server, snapshot, onPicture, onState, onStale }) {
-    Object.assign(this, { root, appId, server, snapshot, onPicture, onState, onStale });
+  constructor({ root, appId, slowMs, server, snapshot, onPicture, onState, onStale }) {
+    Object.assign(this, { root, appId, slowMs, server, snapshot, onPicture, onState, onStale });
     Object.assign(this, { dirty: false, urgent: false, flying: 0, seq: 0, shown: 0, failures: 0, sentAt: -1e9 });
     this.totals = [];       // the last few round trips, ms
     this.modelMs = 0;
@@ -48,7 +48,7 @@ class Live {
     return sorted.length ? sorted[sorted.length >> 1] : 0;
   }
   get slow() {
-    return this.totals.length > 1 && this.totalMs > SLOW_MS;
+    return this.totals.length > 1 && this.totalMs > this.slowMs;
   }
   get mayFly() {  // a second request in flight hides the network only where the network is a good part of the whole
     return this.totalMs - this.modelMs > this.modelMs / 2 && this.totals.length > 1 ? 2 : 1;

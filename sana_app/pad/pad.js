@@ -50,6 +50,7 @@ const config = window.gradio_config || {};
 const live = new Live({
   root: (config.root || location.origin + location.pathname.replace(/\/$/, "")) + (config.api_prefix || "/gradio_api"),
   appId: config.app_id,
+  slowMs: props.slow_ms,
   server,
   snapshot: () => {
     ink.show(current);
