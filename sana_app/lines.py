@@ -17,8 +17,8 @@ INK_GAIN = 2.0
 def ink_from_rgb(image: np.ndarray) -> np.ndarray:
     """A picture of a drawing -> ink [H, W] uint8, whatever its polarity.
 
-    `image` is uint8 [H, W], [H, W, 3] or [H, W, 4] (transparent = paper). The paper is taken to be the median of the
-    border, where people seldom draw: lines differ from it, darker or lighter.
+    `image` is uint8 [H, W], [H, W, 3] or [H, W, 4] (transparent = paper). The paper is taken to be the median of
+    the whole: lines cover less than half of it, while a drawing that fills the page may well run along its border.
     """
     if image.dtype != np.uint8 or image.ndim not in (2, 3) or 0 in image.shape:
         raise ValueError(f"a drawing is uint8 [H, W], [H, W, 3] or [H, W, 4]; got {image.dtype} {image.shape}")
@@ -29,8 +29,7 @@ def ink_from_rgb(image: np.ndarray) -> np.ndarray:
             alpha = image[..., 3].astype(np.float32) / 255
             if alpha.min() < 1:  # strokes on transparent paper: the alpha channel is the drawing
                 return np.round(alpha * 255).astype(np.uint8)
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    paper = float(np.median(border))
+    paper = float(np.median(grey))
     ink = np.abs(grey - paper) / max(paper, 255 - paper, 1.0)
     return np.round(np.clip(ink, 0, 1) * 255).astype(np.uint8)
 

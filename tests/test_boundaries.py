@@ -30,8 +30,8 @@ def test_the_application_never_imports_training():
     assert importers("training", "sana_app", "app.py") == set()
 
 
-def test_training_takes_only_the_model_and_the_lines():
-    allowed = ("sana_app.model", "sana_app.lines")
+def test_training_takes_only_the_model_the_lines_and_the_caption_form():
+    allowed = ("sana_app.model", "sana_app.lines", "sana_app.presets")
     for file in (ROOT / "training").rglob("*.py"):
         for name in imports(file):
             if name.startswith("sana_app") and name != "sana_app":

@@ -309,3 +309,11 @@ def test_what_is_no_drawing_is_refused(bad):
         ink_from_rgb(bad)
     with pytest.raises(ValueError, match="uint8"):
         resize_ink(bad, 64)
+
+
+def test_no_drawing_is_read_inverted():
+    # a drawing that fills the frame has ink along the border, a filled one still leaves most of the paper bare
+    for split in ("train", "val"):
+        for sample in read_samples(SAMPLE, split):
+            for ink in sample.lines:
+                assert (ink > 127).mean() < 0.5, sample.key

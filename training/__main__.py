@@ -16,6 +16,7 @@ STAGES = {
     "teacher": ("training.teacher", "train_teacher"),
     "controlnet": ("training.controlnet", "train_controlnet"),
     "student": ("training.student", "train_student"),
+    "decoder": ("training.decoder", "train_decoder"),
     "export": ("training.export", "export_model"),
 }
 

@@ -48,7 +48,11 @@ class Corpus:
                 return self.vae.encode(x.to(device()), return_dict=False)[0].float() * self.vae.config.scaling_factor
         encode_pictures = maybe_compile(config, encode_pictures)
         self.latents: Latents = latent_cache(self.pixels, encode_pictures, vae_key, cache)
-        tokenizer, text_encoder, encode = load_text_encoder(config.text_encoder, config.max_tokens)
+        encode_text = load_text_encoder(config.text_encoder, config.max_tokens)[2]
+
+        def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+            with autocast(config):
+                return encode_text(prompts)
         self.texts: Texts = text_cache([c for cs in self.pixels.captions for c in cs] + [""], encode, f"{config.text_encoder} {config.max_tokens}", cache)
         weights = np.array([config.toned_weight if m.get("toned") else 1.0 for m in self.pixels.meta])
         self.cumulative = np.cumsum(weights / weights.sum())

@@ -37,6 +37,8 @@ class Config:
     ae_latent_noise: float = 0.05      # noise on the latent, in latent std: the decoder must forgive the denoiser
     ae_adv_weight: float = 0.0         # weight of the adversarial term; 0 = off
     ae_adv_start: float = 0.7          # part of the steps after which it joins
+    decoder_steps: int = 0             # steps of the decoder alone, on frozen latents, at the end; 0 = none
+    decoder_lr: float = 4e-4
     # transformer
     heads: int = 8                     # width = 32 * heads
     cross_heads: int = 8
@@ -81,15 +83,15 @@ RECIPES: dict[str, dict] = {
     "tiny-cpu": dict(data="assets/sample", size_px=64, precision="fp32", preview_steps=0, save_minutes=1.0,
                      ae_channels=(16, 16, 32, 32, 64), ae_decoder_layers=(0, 1, 1, 1, 1), ae_latent_channels=16, ae_steps=60, ae_batch=8, ae_crop_px=32,
                      heads=4, cross_heads=4, layers=4, teacher_steps=40, teacher_batch=16, controlnet_layers=2, controlnet_steps=40, controlnet_batch=16,
-                     controlnet_base_lr=5e-4, student_steps=20, student_batch=8, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
+                     controlnet_base_lr=5e-4, student_steps=20, student_batch=8, decoder_steps=20, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
     # two CPU cores, an evening
-    "emoji-128": dict(data="runs/data/emoji-128", size_px=128, compile=True, ae_steps=3000, teacher_steps=1000, controlnet_steps=2000,
-                      controlnet_base_lr=5e-4, student_steps=800),
+    "emoji-128": dict(data="runs/data/emoji-128", size_px=128, compile=True, ae_steps=2500, teacher_steps=500, preview_steps=500, controlnet_steps=2000,
+                      controlnet_base_lr=5e-4, student_steps=800, decoder_steps=800),
     # one GPU, under an hour, in resumable slices
     "emoji-256": dict(data="runs/data/emoji-256", size_px=256, compile=True, ae_channels=(32, 64, 128, 256, 256, 256), ae_encoder_layers=(0, 1, 1, 1, 1, 1),
                       ae_decoder_layers=(0, 1, 2, 2, 2, 2), ae_steps=12000, ae_batch=64, ae_crop_px=128, ae_adv_weight=0.05,
                       heads=12, cross_heads=12, layers=12, teacher_steps=20000, teacher_batch=256, teacher_lr=5e-4, controlnet_layers=4, controlnet_steps=15000,
-                      controlnet_batch=256, controlnet_lr=5e-4, controlnet_base_lr=2e-4, student_steps=6000, student_batch=128, disc_blocks=(2, 5, 8, 11)),
+                      controlnet_batch=256, controlnet_lr=5e-4, controlnet_base_lr=2e-4, student_steps=6000, student_batch=128, decoder_steps=4000, disc_blocks=(2, 5, 8, 11)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Stage 5: the model folder that the app and stock diffusers load: half precision, safetensors.
+"""Stage 6: the model folder that the app and stock diffusers load: half precision, safetensors.
 
     python -m training export --recipe emoji-128     ->  runs/emoji-128/model
 """
@@ -19,12 +19,13 @@ from training.text import load_text_encoder
 
 def export_model(config: Config, out: Path) -> None:
     """Puts the stages' results together in OUT/model and loads it once to prove that it loads."""
-    for part in ("autoencoder/vae", "student/transformer", "student/controlnet"):
+    vae = "decoder/vae" if config.decoder_steps else "autoencoder/vae"
+    for part in (vae, "student/transformer", "student/controlnet"):
         if not (out / part / "config.json").exists():
             raise ValueError(f"{out / part} is missing: run the {part.split('/')[0]} stage first")
     tokenizer, text_encoder, _ = load_text_encoder(config.text_encoder, config.max_tokens)
     pipe = SanaSprintControlNetPipeline(
-        tokenizer=tokenizer, text_encoder=text_encoder, vae=AutoencoderDC.from_pretrained(out / "autoencoder" / "vae"),
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=AutoencoderDC.from_pretrained(out / vae),
         transformer=SanaTransformer2DModel.from_pretrained(out / "student" / "transformer"), scheduler=SCMScheduler(),
         controlnet=SanaSprintControlNetModel.from_pretrained(out / "student" / "controlnet"))
     pipe.text_settings = TextSettings(config.max_tokens, pipe.text_settings.instruction)

@@ -44,7 +44,8 @@ def maybe_compile(config: Config, function: Callable) -> Callable:
     if device().type == "cpu" and shutil.which("g++") is None:
         print("compile=True needs g++ on the CPU: running without it, about 3 times slower")
         return function
-    return torch.compile(function)
+    # one program a shape: the stages feed few shapes, and symbolic ones fail in the convolutions of the CPU backend
+    return torch.compile(function, dynamic=False)
 
 
 class Draws:

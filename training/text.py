@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from sana_app.model.text import TextSettings, encode_text
+from sana_app.model.text import TextSettings, encode_text, normalise
 from training.loop import device
 
 SHIPPED = Path(__file__).parent.parent / "assets" / "models" / "emoji"
@@ -36,9 +36,11 @@ def load_text_encoder(name: str, max_tokens: int) -> tuple[object, torch.nn.Modu
     tokenizer_folder, weights_folder = encoder_folders(name)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     model = AutoModel.from_pretrained(weights_folder, local_files_only=True, dtype=torch.float32).to(device()).eval()
-    settings = TextSettings(max_tokens=max_tokens, instruction=TextSettings.fitting(model).instruction)
+    instruction = TextSettings.fitting(model).instruction
 
     def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        found = encode_text(tokenizer, model, prompts, settings)
+        # padded to the longest of the batch only: the states of real tokens are the same, and captions are short
+        longest = max(len(ids) for ids in tokenizer([normalise(p) for p in prompts]).input_ids)
+        found = encode_text(tokenizer, model, prompts, TextSettings(min(longest, max_tokens), instruction))
         return found.embeds, found.mask
     return tokenizer, model, encode

@@ -24,7 +24,8 @@ def sprint_from_teacher(teacher: Model, guidance_embeds_scale: float = 0.1) -> M
     embedder's last layer starts at zero, so that at first the student is its teacher for every guidance scale; the
     first layer does not, because two zero layers in a row have zero gradients for ever.
     """
-    config = dict(teacher.config)
+    # without the marks of defaulted keys (_use_default_values): from_config would put the defaults back over ours
+    config = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
     if config["guidance_embeds"]:
         raise ValueError("the model already embeds guidance: it is a Sprint model, not a teacher")
     if 1000 * config["timestep_scale"] != 1:

@@ -98,7 +98,7 @@ def _draw(image: np.ndarray, key: str, number: int) -> np.ndarray:
 def pixel_cache(source: str | Path, split: str, size: int, cache: Path) -> Pixels:
     """All pictures of a split at `size` px."""
     source = Path(source)
-    key = digest(source_hash(source, split), str(size), "pixels-1")
+    key = digest(source_hash(source, split), str(size), "pixels-2")
     folder = once(cache / f"pixels-{split}-{key}", lambda f: _build_pixels(f, source, split, size))
     about = json.loads((folder / "about.json").read_text())
     load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-STYLES = ("fluent", "flat", "3d", "noto", "twemoji")
+from sana_app.presets import styled as with_words
 
 # Hue in degrees of each colour word the captions use.
 HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 125, "teal": 178, "blue": 218, "purple": 275, "pink": 325}
@@ -13,9 +13,8 @@ COLOUR_WORDS = frozenset(HUES) | frozenset(GREYS) | {"brown", "gray"}
 
 
 def styled(text: str, style: str | None) -> str:
-    """The caption form used in training and by the page: `"a red apple, 3d style"`; either part may be missing."""
-    words = f"{style} style" if style else ""
-    return ", ".join(part for part in (text.strip(), words) if part)
+    """A caption with the style's name, in the form the page uses too."""
+    return with_words(text, f"{style} style" if style else "")
 
 
 def with_colour(label: str, colour: str) -> str:
