@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -320,6 +321,24 @@ def test_an_interrupted_save_is_not_a_model(pipe, tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists()
     pipe.save_pretrained(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_interrupted_overwrite_is_refused_until_saved_again(pipe, folder, monkeypatch):
+    move = Path.replace
+
+    def stop_at_the_vae(self, target):
+        if self.name == "vae":
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop_at_the_vae)
+        with pytest.raises(KeyboardInterrupt):
+            pipe.save_pretrained(folder)
+    with pytest.raises(ValueError, match="model_index.json is missing"):
+        SanaSprintControlNetPipeline.from_pretrained(folder)
+    pipe.save_pretrained(folder)
+    assert_close(picture(SanaSprintControlNetPipeline.from_pretrained(folder)), picture(pipe), rtol=0, atol=1e-6)
 
 
 def test_unknown_names_are_refused():

@@ -1,7 +1,6 @@
 """Checks at the pipeline's border: what came, what was wanted, what to do, as ValueError before any work is done."""
 
 import math
-import os
 import re
 from pathlib import Path
 
@@ -17,7 +16,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 def is_hub_id(name: str) -> bool:
     """owner/model, unless a local folder called owner is there."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).parent.is_dir() and os.sep == "/"
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).parent.is_dir()
 
 
 def control_tensor(image: Tensor | np.ndarray | Image.Image, height: int, width: int) -> Tensor:
