@@ -13,11 +13,9 @@ def guided_F(teacher: TrigFlowTeacher, x: torch.Tensor, t: torch.Tensor, batch: 
              scale: torch.Tensor | float = 1.0) -> torch.Tensor:
     """Classifier-free guidance: F_u + w·(F_c - F_u), both halves in one forward. x = x_t / sigma_data [B, C, h, w], t [B], w [B]
     or number, `scale` the conditioning scale (number or [B])."""
-    length = max(batch.text.shape[1], batch.null_text.shape[1])
-    pad = lambda a: torch.nn.functional.pad(a, (0, 0) * (a.ndim - 2) + (0, length - a.shape[1]))
     twice = lambda a: torch.cat([a, a])
     scale = twice(scale) if torch.is_tensor(scale) else scale
-    F_c, F_u = teacher(twice(x), twice(t), torch.cat([pad(batch.text), pad(batch.null_text)]), torch.cat([pad(batch.mask), pad(batch.null_mask)]),
+    F_c, F_u = teacher(twice(x), twice(t), torch.cat([batch.text, batch.null_text]), torch.cat([batch.mask, batch.null_mask]),
                        twice(batch.cond), scale).chunk(2)
     w = w.view(-1, 1, 1, 1) if torch.is_tensor(w) else w
     return F_u + w * (F_c - F_u)

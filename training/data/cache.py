@@ -139,10 +139,10 @@ class Texts:
     index: dict[str, int]
 
     def batch(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Captions -> (embeddings [B, L, C] float32, mask [B, L] float32), padded to the longest of the batch."""
+        """Captions -> (embeddings [B, L, C] float32, mask [B, L] float32); L is that of the longest of all captions,
+        so that compiled code sees one shape."""
         spans = [(self.first[self.index[c]], self.first[self.index[c] + 1]) for c in captions]
-        # lengths are rounded up to 8 so that compiled code sees few shapes
-        longest = -(-max(b - a for a, b in spans) // 8) * 8
+        longest = int(np.diff(self.first).max())
         states = torch.zeros(len(captions), longest, self.states.shape[1])
         mask = torch.zeros(len(captions), longest)
         for row, (a, b) in enumerate(spans):
