@@ -55,12 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default="emoji", help="a preset name or a model folder (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1, choices=(1, 2, 4))
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args(argv)
     if args.runs < 1:
         parser.error(f"--runs: at least 1 is wanted, got {args.runs}")
     try:
-        engine = Engine.load(find_model(args.model))
+        engine = Engine.load(find_model(args.model), args.precision)
     except ValueError as error:
         print(f"nothing to measure: {error}", file=sys.stderr)
         return 2

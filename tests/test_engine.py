@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +141,21 @@ def test_the_style_is_worded_as_in_the_training_captions():
     for style, words in EMOJI_STYLES.items():
         for prompt in ("a red apple", "  a cat ", ""):
             assert styled(prompt, words) == captions.styled(prompt, None if style == "none" else style)
+
+
+def psnr_db(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(np.mean((a.astype(float) - b) ** 2), 1e-9)))
+
+
+@pytest.mark.skipif(not (Path(PRESETS["emoji"].source) / "model_index.json").is_file(), reason="the shipped model is not there")
+def test_the_shipped_model_in_bf16_draws_the_fp32_picture():
+    from sana_app.pad import read_examples
+    from sana_app.ui import first_request, first_settings
+
+    exact, fast = (Engine.load(PRESETS["emoji"], precision) for precision in ("fp32", "bf16"))
+    found = [psnr_db(exact.render(request).pixels, fast.render(request).pixels)
+             for request in (first_request(example, first_settings(example)) for example in read_examples())]
+    assert min(found) >= 35, found
 
 
 def test_the_bench_reports_every_stage(folder, capsys):

@@ -4,6 +4,7 @@ import io
 import re
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_a_burst_of_points_makes_a_bounded_number_of_requests(pad):
     pad.page.evaluate(BURST, np.stack([256 + angle * 10 * np.cos(angle), 256 + angle * 10 * np.sin(angle)], 1).tolist())
     pad.settle()
     assert len(pad.sent) - sent <= 3, "a burst within one moment is one or two pictures"
-    assert pad.shows_its_ink() and pad.canvas("ink").astype(bool).sum() > 5000
+    assert pad.shows_its_ink() and pad.canvas("ink").astype(bool).sum() > 3000
     sent, start = len(pad.sent), time.perf_counter()
     pad.stroke(*((60 + 4 * i, 60) for i in range(100)))
     pad.settle()
@@ -323,11 +324,16 @@ def test_holding_compare_shows_the_drawing_over_the_picture(pad):
     pad.page.wait_for_function("Number(getComputedStyle(document.querySelector('.sp-over')).opacity) === 0")
 
 
-def test_the_picture_can_be_downloaded(pad):
+def downloaded(pad):
     with pad.page.expect_download() as download:
         pad.click("save")
-    image = Image.open(io.BytesIO(open(download.value.path(), "rb").read()))
-    assert image.format == "PNG" and image.size == (256, 256) and download.value.suggested_filename == "sana-sketch-7.png"
+    assert download.value.suggested_filename == "sana-sketch-7.png"
+    return Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
+
+
+def test_the_picture_can_be_downloaded(pad):
+    image = downloaded(pad)
+    assert image.format == "PNG" and image.size == (256, 256)
 
 
 def test_a_refused_route_falls_back_to_server_functions(chromium, url):
@@ -440,7 +446,8 @@ def test_the_picture_on_the_page_is_the_models_own(tab, tmp_path):
         pad.stroke(*LOW_LINE)
         pad.settle()
         sent = {name: pad.sent[-1][name] for name in ("ink", "prompt", "style", "strength", "steps", "seed", "guidance")}
-        wanted = np.asarray(Image.open(io.BytesIO(engine.render(RenderRequest(**sent)).jpeg)).convert("RGB"))[..., 0]
-        assert np.abs(pad.canvas("picture", engine.size) - wanted).mean() < 6  # scaled up by the page and down again here
-        other = engine.render(RenderRequest(**sent | {"seed": sent["seed"] + 1})).pixels[..., 0]
-        assert np.abs(pad.canvas("picture", engine.size) - other).mean() > 12
+        wanted = np.asarray(Image.open(io.BytesIO(engine.render(RenderRequest(**sent)).jpeg)))
+        shown = np.asarray(downloaded(pad).convert("RGB"))
+        assert np.abs(shown.astype(int) - wanted).max() <= 3  # two JPEG decoders round alike, to a few levels
+        other = engine.render(RenderRequest(**sent | {"seed": sent["seed"] + 1})).pixels
+        assert np.abs(shown.astype(int) - other).mean() > 12
