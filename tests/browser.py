@@ -1,18 +1,23 @@
 """A real Chromium on a real server: what the page tests share. Nothing here sleeps; it waits on the pad's attributes."""
 
 import json
+import re
 import struct
 import zlib
 from contextlib import contextmanager
 
 import numpy as np
+import pytest
 from echo_engine import EchoEngine
+from playwright.sync_api import sync_playwright
 
 from sana_app.ui import build_page
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 WAIT_MS = 60_000
+LINE = [(60, 100), (160, 110), (260, 100), (360, 110), (450, 100)]
+LOW_LINE = [(60, 400), (260, 410), (450, 400)]  # two strokes in page units
 STARVED_MS = 20_000  # a busy test machine is not a slow model: live pictures go on up to this round trip
 
 
@@ -108,3 +113,42 @@ def unpack(body: bytes) -> dict:
     header = json.loads(body[4:4 + length])
     ink = np.frombuffer(zlib.decompress(body[4 + length:]), np.uint8)
     return header | {"ink": ink.reshape(header["height"], header["width"])}
+
+
+# ---- fixtures: import them into a test module, which then has one browser and one page server ---------------------------
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def url():
+    with served() as (_, url):
+        yield url
+
+
+@pytest.fixture
+def tab(chromium, url):
+    """Open a tab with its own profile; every tab must end without a script error or an outside request."""
+    contexts, pads = [], []
+
+    def open_tab(to=url, ready=True, **options):
+        contexts.append(chromium.new_context(viewport=options.pop("viewport", {"width": 1280, "height": 900}), **options))
+        pads.append(Pad(contexts[-1].new_page(), to, ready))
+        return pads[-1]
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    for pad in pads:
+        assert not pad.troubles
+        assert [u for u in pad.urls if not re.match(r"(http://127\.0\.0\.1[:/]|data:|blob:)", u)] == []
+
+
+@pytest.fixture
+def pad(tab):
+    return tab()

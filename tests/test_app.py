@@ -228,7 +228,7 @@ def test_demo_brings_its_live_route_whoever_launches_it(folder, monkeypatch):
 
 
 def ask_mint(client, demo):
-    pad = next(i for i, block in demo.blocks.items() if type(block).__name__ == "SketchPad")
+    pad = next(i for i, block in demo.blocks.items() if block.elem_id == "sketch-pad")
     return client.post("/gradio_api/component_server",
                        json={"data": [], "component_id": pad, "fn_name": "mint", "session_hash": "s"})
 

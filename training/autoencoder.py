@@ -100,24 +100,28 @@ def train_autoencoder(config: Config, out: Path) -> None:
             z = z + config.ae_latent_noise * z.detach().std() * noise
             return vae.decode(z, return_dict=False)[0].float()
 
-    reconstruct = maybe_compile(config, reconstruct)
+    reconstruct = maybe_compile(config.compile, reconstruct)
     ratio = 2 ** (len(config.ae_channels) - 1)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
         x = picture_batch(pixels, config, step, draws)
         noise = draws.normal(x.shape[0], config.ae_latent_channels, x.shape[2] // ratio, x.shape[3] // ratio)
-        y = reconstruct(x, noise)
-        loss = reconstruction_loss(y, x).mean()
-        numbers = {"l1": float((y - x).abs().mean())}
         adversarial = config.ae_adv_weight > 0 and step >= config.ae_adv_start * config.ae_steps
-        total = loss - config.ae_adv_weight * disc(y).mean() if adversarial else loss
-        total.backward()
-        numbers |= {"loss": float(loss), **apply_gradients(opt, step, config.ae_steps, 1.0, config)}
+        numbers, parts = {"l1": 0.0, "loss": 0.0}, config.micro_batches
+        for part, part_noise in zip(x.chunk(parts), noise.chunk(parts)):
+            y = reconstruct(part, part_noise)
+            loss = reconstruction_loss(y, part).mean()
+            total = loss - config.ae_adv_weight * disc(y).mean() if adversarial else loss
+            (total / parts).backward()
+            numbers["l1"] += (y - part).abs().mean().item() / parts
+            numbers["loss"] += loss.item() / parts
+        numbers |= apply_gradients(opt, step, config.ae_steps, 1.0, config)
         if adversarial:
             disc_opt.zero_grad(set_to_none=True)  # the generator's pass left gradients here
-            hinge = F.relu(1 - disc(x)).mean() + F.relu(1 + disc(y.detach())).mean()
+            hinge = F.relu(1 - disc(part)).mean() + F.relu(1 + disc(y.detach())).mean()
             hinge.backward()
-            numbers |= {"disc_loss": float(hinge), "skipped": max(numbers["skipped"], apply_gradients(disc_opt, step, config.ae_steps, 1.0, config)["skipped"])}
+            skipped = apply_gradients(disc_opt, step, config.ae_steps, 1.0, config)["skipped"]
+            numbers |= {"disc_loss": hinge.item(), "skipped": max(numbers["skipped"], skipped)}
         ema.update(vae, step)
         return numbers
 

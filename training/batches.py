@@ -46,7 +46,7 @@ class Corpus:
         def encode_pictures(x: torch.Tensor) -> torch.Tensor:
             with autocast(config):
                 return self.vae.encode(x.to(device()), return_dict=False)[0].float() * self.vae.config.scaling_factor
-        encode_pictures = maybe_compile(config, encode_pictures)
+        encode_pictures = maybe_compile(config.compile, encode_pictures)
         self.latents: Latents = latent_cache(self.pixels, encode_pictures, vae_key, cache)
         encode_text = load_text_encoder(config.text_encoder, config.max_tokens)[2]
 

@@ -44,7 +44,7 @@ def train_controlnet(config: Config, out: Path) -> None:
             v = predict_flow(base, flow_path(x0, z, s), s, text, mask, None, pair.controlnet, cond, scale)
         return flow_loss(v, x0, z).mean()
 
-    loss_of = maybe_compile(config, loss_of)
+    loss_of = maybe_compile(config.compile_denoiser, loss_of)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
         total, count = 0.0, config.controlnet_batch // config.micro_batches

@@ -36,7 +36,7 @@ def train_decoder(config: Config, out: Path) -> None:
             y = vae.decoder(latent / factor).float()
         return (reconstruction_loss(y, target) + 4 * (y - target).square().mean(dim=(1, 2, 3))).mean()
 
-    loss_of = maybe_compile(config, loss_of)
+    loss_of = maybe_compile(config.compile, loss_of)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
         batch = corpus.draw(config.ae_batch, draws)

@@ -37,9 +37,9 @@ def autocast(config: Config) -> torch.autocast:
     return torch.autocast(device().type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def maybe_compile(config: Config, function: Callable) -> Callable:
+def maybe_compile(wanted: bool, function: Callable) -> Callable:
     """torch.compile where the recipe asks for it and the machine can."""
-    if not config.compile:
+    if not wanted:
         return function
     if device().type == "cpu" and shutil.which("g++") is None:
         print("compile=True needs g++ on the CPU: running without it, about 3 times slower")

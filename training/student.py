@@ -111,10 +111,11 @@ def train_student(config: Config, out: Path) -> None:
         real_logits, fake_logits = both.chunk(2)
         return hinge_discriminator(real_logits, fake_logits).mean(), (real_logits.mean() - fake_logits.mean()).detach()
 
-    consistency, adversarial, discriminate = (maybe_compile(config, f) for f in (consistency, adversarial, discriminate))
+    consistency, adversarial, discriminate = (maybe_compile(config.compile_denoiser, f) for f in (consistency, adversarial, discriminate))
 
-    def train_step(step: int, draws: Draws) -> dict[str, float]:
-        count = config.student_batch
+    def backward(step: int, draws: Draws) -> dict[str, float]:
+        """Gradients of one micro-batch: of the student at even steps, of the discriminator at odd ones."""
+        count = config.student_batch // config.micro_batches
         batch = corpus.draw(count, draws)
         x0, z = batch.x0 * SIGMA_DATA, draws.normal(*batch.x0.shape) * SIGMA_DATA
         t = trigflow.t_from_normal(draws.normal(count), config.scm_mean, config.scm_std)
@@ -126,21 +127,30 @@ def train_student(config: Config, out: Path) -> None:
             # real and fake are re-noised with draws of their own
             z_real, t_real = draws.normal(*x0.shape) * SIGMA_DATA, trigflow.t_from_normal(draws.normal(count), -0.6, 1.0)
             loss, margin = discriminate(x_adv, t_adv, x0, torch.cat([z_real, z_disc]), torch.cat([t_real, t_disc]), w, batch, scale)
-            loss.backward()
-            return {"disc_loss": float(loss.detach()), "margin": float(margin), **apply_gradients(disc_opt, step, config.student_steps, config.student_clip, config)}
-        numbers = {}
+            (loss / config.micro_batches).backward()
+            return {"disc_loss": loss.item(), "margin": margin.item()}
+        found = {}
         if config.scm_weight:
             # a tensor, so that compiled code does not see a new constant at every step
             r = torch.tensor(min(1.0, step / max(1, config.scm_warmup)), device=x0.device)
-            loss = config.scm_weight * consistency(trigflow.interpolate(x0, z, t), t, w, batch, scale, r)
-            loss.backward()
-            numbers["scm"] = float(loss.detach())
+            loss = consistency(trigflow.interpolate(x0, z, t), t, w, batch, scale, r)
+            (config.scm_weight / config.micro_batches * loss).backward()
+            found["scm"] = loss.item()
         if config.ladd_weight:
-            loss = config.ladd_weight * adversarial(x_adv, t_adv, z_disc, t_disc, w, batch, scale)
-            loss.backward()
-            numbers["ladd"] = float(loss.detach())
-        numbers |= apply_gradients(opt, step, config.student_steps, config.student_clip, config)
-        ema.update(student, step // 2)
+            loss = adversarial(x_adv, t_adv, z_disc, t_disc, w, batch, scale)
+            (config.ladd_weight / config.micro_batches * loss).backward()
+            found["ladd"] = loss.item()
+        return found
+
+    def train_step(step: int, draws: Draws) -> dict[str, float]:
+        numbers: dict[str, float] = {}
+        for _ in range(config.micro_batches):
+            for key, value in backward(step, draws).items():
+                numbers[key] = numbers.get(key, 0.0) + value / config.micro_batches
+        numbers |= apply_gradients(disc_opt if step % 2 else opt, step, config.student_steps, config.student_clip, config)
+        if step % 2 == 0:
+            disc_opt.zero_grad(set_to_none=True)  # the adversarial pass went through the heads
+            ema.update(student, step // 2)
         return numbers
 
     def preview(step: int, folder: Path) -> dict[str, float]:

@@ -54,7 +54,7 @@ def train_teacher(config: Config, out: Path) -> None:
             v = predict_flow(model, flow_path(x0, z, s), s, text, mask)
         return flow_loss(v, x0, z).mean()
 
-    loss_of = maybe_compile(config, loss_of)
+    loss_of = maybe_compile(config.compile_denoiser, loss_of)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
         total, count = 0.0, config.teacher_batch // config.micro_batches
