@@ -73,6 +73,8 @@ class Config:
     ladd_weight: float = 0.5
     ladd_t_max_share: float = 0.5      # share of adversarial samples whose student time is t_max
     guidance: tuple = (4.0, 4.5, 5.0)  # guidance scales the student is trained for
+    guidance_gain: float = 1.0         # the teacher's scale is 1 + gain * (w - 1): below 1 for a small teacher, which saturates early,
+                                       # while the student keeps the published range of w, and with it stock pipelines' default
     disc_blocks: tuple = (2, 4, 6, 7)  # teacher blocks whose output the discriminator reads
     ema: float = 0.999                 # decay of the averaged weights that are saved; ramped up from 0
     lr_warmup_steps: int = 50
@@ -88,7 +90,7 @@ RECIPES: dict[str, dict] = {
     # two CPU cores, an evening
     "emoji-128": dict(data="runs/data/emoji-128", size_px=128, compile=True, ae_steps=2500, teacher_steps=500, preview_steps=500, controlnet_steps=2300,
                       controlnet_base_lr=8e-4, controlnet_no_lines=0.12, student_steps=1000, student_batch=16, student_lr=2e-4, student_disc_lr=5e-4,
-                      scm_warmup=200, decoder_steps=800),
+                      scm_warmup=200, guidance=(3.0, 4.5, 6.0), guidance_gain=0.35, decoder_steps=800),
     # one GPU, under an hour, in resumable slices
     "emoji-256": dict(data="runs/data/emoji-256", size_px=256, compile=True, compile_denoiser=True, ae_channels=(32, 64, 128, 256, 256, 256), ae_encoder_layers=(0, 1, 1, 1, 1, 1),
                       ae_decoder_layers=(0, 1, 2, 2, 2, 2), ae_steps=12000, ae_batch=64, ae_crop_px=128, ae_adv_weight=0.05,

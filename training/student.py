@@ -84,7 +84,7 @@ def train_student(config: Config, out: Path) -> None:
     def consistency(x_t, t, w, batch: Batch, scale, r) -> torch.Tensor:
         with autocast(config):
             with torch.no_grad():
-                dxdt = SIGMA_DATA * guided_F(teacher, x_t / SIGMA_DATA, t, batch, w, scale)
+                dxdt = SIGMA_DATA * guided_F(teacher, x_t / SIGMA_DATA, t, batch, 1 + config.guidance_gain * (w - 1), scale)
                 function = lambda x, t: student(x, t, batch.text, batch.mask, batch.cond, scale, w)
                 F_minus, dF = jvp_of_student(function, x_t / SIGMA_DATA, t, dxdt)
                 g = normalised_tangent(scm_tangent(F_minus, dF, x_t, dxdt, t, r))
