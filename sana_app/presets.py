@@ -58,7 +58,7 @@ def find_model(name: str) -> Preset:
 def folder_styles(folder: Path) -> dict[str, str]:
     """A 384-channel text encoder is the emoji recipe's MiniLM, trained on the emoji captions; others read free words."""
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text())
+        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return OPEN_STYLES
     return EMOJI_STYLES if config.get("caption_channels") == 384 else OPEN_STYLES

@@ -6,11 +6,11 @@ from uuid import uuid4
 
 import gradio as gr
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from sana_app.lines import ink_from_rgb
 from sana_app.live import JOB_LIMIT_S, LiveService
-from sana_app.pad import SketchPad, read_examples
+from sana_app.pad import read_examples, show_first, sketch_pad
 from sana_app.request import GUIDANCE_MAX, PROMPT_CHARS, SEED_MAX, STEPS, STRENGTH_MAX, RenderRequest, check_request
 from sana_app.worker import Busy, RenderWorker
 
@@ -105,7 +105,8 @@ class SketchBlocks(gr.Blocks):
             self.before_launch()
         app_kwargs = dict(kwargs.pop("app_kwargs", None) or {})
         app_kwargs["routes"] = [*app_kwargs.get("routes", []), *self.service.routes()]
-        defaults = dict(theme=sketch_theme(), css=CSS, ssr_mode=False, run_history=False, show_error=False,
+        # _frontend=False: no start is given up because a busy machine took over 3 s to answer Gradio's call to itself
+        defaults = dict(_frontend=False, theme=sketch_theme(), css=CSS, ssr_mode=False, run_history=False, show_error=False,
                         max_file_size="8mb", footer_links=[], pwa=False)
         return super().launch(*args, **{**defaults, **kwargs}, app_kwargs=app_kwargs)
 
@@ -130,13 +131,14 @@ def build_page(engine, **pad_options) -> SketchBlocks:
     with SketchBlocks(title="Sana Sketch", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
         gr.HTML(html_template=HEAD, js_on_load=HEAD_JS, apply_default_css=False, model=f"{engine.name} · {engine.size} px")
         c = wish_row(engine, start)
-        pad = SketchPad(service, examples=examples, settings=start, side=256 if engine.size <= 256 else 512,
-                        elem_id="sketch-pad", **pad_options)
+        pad = sketch_pad(service, examples=examples, settings=start, side=256 if engine.size <= 256 else 512,
+                         elem_id="sketch-pad", **pad_options)
         c |= tuning_row(start)
         connect(demo, pad, c)
         add_api(engine, worker, start)
     demo.service = service
-    demo.before_launch = lambda: pad.show_first(worker.submit("first page", first_request(examples[0], start)).result().jpeg)
+    first = first_request(examples[0], start)
+    demo.before_launch = lambda: show_first(pad, worker.submit("first page", first).result().jpeg)  # and warms the model
     demo.queue(max_size=32, api_open=False)
     return demo
 
@@ -169,7 +171,7 @@ def tuning_row(start: dict) -> dict:
     return {"strength": strength, "guidance": guidance, "steps": steps, "seed": seed, "lock": lock, "live": live}
 
 
-def connect(demo: gr.Blocks, pad: SketchPad, c: dict) -> None:
+def connect(demo: gr.Blocks, pad: gr.HTML, c: dict) -> None:
     """Controls to pad and back, in the browser only: no request is made and nothing is stored on the server."""
     controls = [c[name] for name in CONTROLS]
     private = dict(fn=None, api_visibility="private")
@@ -179,23 +181,11 @@ def connect(demo: gr.Blocks, pad: SketchPad, c: dict) -> None:
 
 def first_request(example: dict, start: dict) -> RenderRequest:
     """The first example as the pad would send it (near enough: Pillow's line in place of the browser's)."""
-    from PIL import ImageDraw
-
     page = Image.new("L", (512, 512))
     for stroke in example["strokes"]:
         ImageDraw.Draw(page).line([tuple(p) for p in stroke["points"]], 255, stroke["size"], "curve")
     ink = np.asarray(page.resize((256, 256), Image.Resampling.BOX))
     return RenderRequest(ink=ink, **{k: start[k] for k in ("prompt", "style", "strength", "steps", "seed", "guidance")})
-
-
-class SketchFile(gr.Image):
-    """An image in the API whose file is opened by `read_sketch` only, under its own bounds."""
-
-    def preprocess(self, payload):
-        return payload.path if payload else None
-
-    def get_block_name(self):
-        return "image"
 
 
 def add_api(engine, worker: RenderWorker, start: dict) -> None:
@@ -218,7 +208,8 @@ def add_api(engine, worker: RenderWorker, start: dict) -> None:
         return done.pixels, info
 
     with gr.Group(visible=False):
-        sketch = SketchFile(label="sketch", type="filepath", sources=["upload"])
+        sketch = gr.Image(label="sketch", type="filepath", sources=["upload"])
+        sketch.preprocess = lambda payload: payload.path if payload else None  # read_sketch opens it, under its own bounds
         words = [gr.Textbox(start[name], label=name) for name in ("prompt", "style")]
         numbers = [gr.Number(start[name], label=name) for name in ("strength", "steps", "seed", "guidance")]
         picture, info, run = gr.Image(label="picture", format="png"), gr.JSON(label="info"), gr.Button("generate")

@@ -1,4 +1,4 @@
-"""SketchPad: the drawing page and the picture beside it, as one gr.HTML component.
+"""The sketch pad: the drawing page and the picture beside it, as one gr.HTML component.
 
 Pixels never pass through Gradio: the pad posts its ink to the live route (see sana_app/live.py), and where that route
 is not to be had (another app mounts the page, a proxy refuses it) to the server function `frame`.
@@ -21,37 +21,36 @@ EXAMPLES = HERE.parent.parent / "assets" / "examples"
 
 def read_examples() -> list[dict]:
     """The drawn examples: {title, prompt, style, seed, strokes: [{size, points}]}, points on a 512 x 512 page."""
-    return [json.loads(file.read_text()) for file in sorted(EXAMPLES.glob("*.json"))]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(EXAMPLES.glob("*.json"))]
 
 
-class SketchPad(gr.HTML):
-    """`side`: of the ink raster, 256 or 512. `settings`: the controls' first values. `slow_ms`: of a round trip, see live.js."""
+def sketch_pad(service: LiveService, *, examples: list[dict], settings: dict, side: int, slow_ms: int = 400, **kwargs) -> gr.HTML:
+    """`side`: of the ink raster, 256 or 512. `settings`: the controls' first values. `slow_ms`: of a round trip, see live.js.
 
-    def __init__(self, service: LiveService, *, examples: list[dict], settings: dict, side: int, slow_ms: int = 400,
-                 **kwargs):
-        async def mint(_) -> dict:  # Gradio checks the login before it calls a server function
-            return {"token": service.tokens.mint()}
+    A function and not a subclass: for every subclass of a component Gradio writes a .pyi file beside its source.
+    """
 
-        async def frame(payload) -> dict:
-            return await answer_through_gradio(service, payload)
+    async def mint(_) -> dict:  # Gradio checks the login before it calls a server function
+        return {"token": service.tokens.mint()}
 
-        super().__init__(
-            value=None,
-            html_template=(HERE / "pad.html").read_text(),
-            css_template=(HERE / "pad.css").read_text(),
-            js_on_load="\n".join((HERE / name).read_text() for name in ("strokes.js", "live.js", "pad.js")),
-            apply_default_css=False,
-            server_functions=[mint, frame],
-            examples=examples, settings=settings, side=side, slow_ms=slow_ms, picture=None,
-            **kwargs,
-        )
+    async def frame(payload) -> dict:
+        return await answer_through_gradio(service, payload)
 
-    def get_block_name(self):
-        return "html"
+    return gr.HTML(
+        value=None,
+        html_template=(HERE / "pad.html").read_text(encoding="utf-8"),
+        css_template=(HERE / "pad.css").read_text(encoding="utf-8"),
+        js_on_load="\n".join((HERE / name).read_text(encoding="utf-8") for name in ("strokes.js", "live.js", "pad.js")),
+        apply_default_css=False,
+        server_functions=[mint, frame],
+        examples=examples, settings=settings, side=side, slow_ms=slow_ms, picture=None,
+        **kwargs,
+    )
 
-    def show_first(self, jpeg: bytes) -> None:
-        """The picture the page opens with, before its first request."""
-        self.props["picture"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+def show_first(pad: gr.HTML, jpeg: bytes) -> None:
+    """The picture the page opens with, before its first request."""
+    pad.props["picture"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
 
 
 async def answer_through_gradio(service: LiveService, payload) -> dict:
