@@ -156,9 +156,9 @@ def wish_row(engine, start: dict) -> dict:
 def tuning_row(start: dict) -> dict:
     with gr.Row(elem_id="tuning"):
         strength = gr.Slider(0, STRENGTH_MAX, start["strength"], step=0.05, label="Line strength",
-                             elem_id="strength", min_width=200)
+                             elem_id="strength", min_width=200, buttons=[])
         guidance = gr.Slider(1, 10, start["guidance"], step=0.5, label="Word strength",
-                             elem_id="guidance", min_width=200)
+                             elem_id="guidance", min_width=200, buttons=[])
         steps = gr.Radio([(str(n), n) for n in STEPS], value=start["steps"], label="Steps", elem_id="steps", min_width=140)
         with gr.Column(min_width=240):
             with gr.Row(elem_id="seed-row"):

@@ -210,7 +210,7 @@ def test_a_slow_model_is_asked_when_the_pen_is_lifted(tab):
 def downloaded(pad):
     with pad.page.expect_download() as download:
         pad.click("save")
-    assert download.value.suggested_filename == "sana-sketch-7.png"
+    assert download.value.suggested_filename == f"sana-sketch-{pad.sent[-1]['seed']}.png"
     return Image.open(io.BytesIO(Path(download.value.path()).read_bytes()))
 
 
