@@ -65,6 +65,77 @@ def adversarial_times(normal: torch.Tensor, chosen: torch.Tensor, t: torch.Tenso
     return student, trigflow.t_from_normal(normal, -0.6, 1.0)
 
 
+class Distillation:
+    """The three losses of the student, each a mean over a batch. `r` is the warm-up of the sCM tangent, `scale` [B] the
+    conditioning scale (0 = without lines), `w` [B] the guidance scale; x_t, x0, z have std sigma_data."""
+
+    def __init__(self, config: Config, teacher: TrigFlowTeacher, student: TrigFlowTeacher, disc: Discriminator, logvar: Logvar):
+        self.config, self.teacher, self.student, self.disc, self.logvar = config, teacher, student, disc, logvar
+
+    def consistency(self, x_t, t, w, batch: Batch, scale, r) -> torch.Tensor:
+        """sCM: the student's own tangent, with the guided teacher as the field."""
+        student, x = self.student, x_t / SIGMA_DATA
+        with autocast(self.config):
+            with torch.no_grad():
+                dxdt = SIGMA_DATA * guided_F(self.teacher, x, t, batch, 1 + self.config.guidance_gain * (w - 1), scale)
+                function = lambda x, t: student(x, t, batch.text, batch.mask, batch.cond, scale, w)
+                F_minus, dF = jvp_of_student(function, x, t, dxdt)
+                g = normalised_tangent(scm_tangent(F_minus, dF, x_t, dxdt, t, r))
+            F = student(x, t, batch.text, batch.mask, batch.cond, scale, w)
+        return scm_loss(F, F_minus, g, t, self.logvar(student.transformer, t, w)).mean()
+
+    def one_step(self, x_t, t, w, batch: Batch, scale) -> torch.Tensor:
+        F = self.student(x_t / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale, w)
+        return trigflow.clean_from_F(x_t, F, t)
+
+    def judge(self, x0, z, t, batch: Batch, scale) -> torch.Tensor:
+        return self.disc(trigflow.interpolate(x0, z, t) / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale).float()
+
+    def adversarial(self, x_t, t, z_disc, t_disc, w, batch: Batch, scale) -> torch.Tensor:
+        """LADD, the student's side."""
+        with autocast(self.config):
+            return hinge_generator(self.judge(self.one_step(x_t, t, w, batch, scale), z_disc, t_disc, batch, scale)).mean()
+
+    def discriminate(self, x_t, t, real, z_disc, t_disc, w, batch: Batch, scale) -> tuple[torch.Tensor, torch.Tensor]:
+        """LADD, the discriminator's side, and its margin. `z_disc`, `t_disc` [2B]: first of the real ones, then of the fake."""
+        with autocast(self.config):
+            with torch.no_grad():
+                fake = self.one_step(x_t, t, w, batch, scale)
+            twice = Batch(*(torch.cat([a, a]) if torch.is_tensor(a) else a for a in vars(batch).values()))
+            on_real, on_fake = self.judge(torch.cat([real, fake]), z_disc, t_disc, twice, torch.cat([scale, scale])).chunk(2)
+        return hinge_discriminator(on_real, on_fake).mean(), (on_real.mean() - on_fake.mean()).detach()
+
+    def backward(self, step: int, draws: Draws, corpus: Corpus) -> dict[str, float]:
+        """Gradients of one micro-batch: of the student at even steps, of the discriminator at odd ones."""
+        config, count = self.config, self.config.student_batch // self.config.micro_batches
+        batch = corpus.draw(count, draws)
+        x0, z = batch.x0 * SIGMA_DATA, draws.normal(*batch.x0.shape) * SIGMA_DATA
+        t = trigflow.t_from_normal(draws.normal(count), config.scm_mean, config.scm_std)
+        w = torch.tensor(config.guidance, device=x0.device)[(draws.uniform(count) * len(config.guidance)).long()]
+        no_lines = config.controlnet_no_lines if config.student_base else 0.0
+        scale = (draws.uniform(count) >= no_lines).float()
+        t_adv, t_disc = adversarial_times(draws.normal(count), draws.uniform(count), t, config.ladd_t_max_share)
+        x_adv, z_disc = trigflow.interpolate(x0, z, t_adv), draws.normal(*x0.shape) * SIGMA_DATA
+        if step % 2:
+            # real and fake are re-noised with draws of their own
+            z_real, t_real = draws.normal(*x0.shape) * SIGMA_DATA, trigflow.t_from_normal(draws.normal(count), -0.6, 1.0)
+            loss, margin = self.discriminate(x_adv, t_adv, x0, torch.cat([z_real, z_disc]), torch.cat([t_real, t_disc]), w, batch, scale)
+            (loss / config.micro_batches).backward()
+            return {"disc_loss": loss.item(), "margin": margin.item()}
+        found = {}
+        if config.scm_weight:
+            # a tensor, so that compiled code does not see a new constant at every step
+            r = torch.tensor(min(1.0, step / max(1, config.scm_warmup)), device=x0.device)
+            loss = self.consistency(trigflow.interpolate(x0, z, t), t, w, batch, scale, r)
+            (config.scm_weight / config.micro_batches * loss).backward()
+            found["scm"] = loss.item()
+        if config.ladd_weight:
+            loss = self.adversarial(x_adv, t_adv, z_disc, t_disc, w, batch, scale)
+            (config.ladd_weight / config.micro_batches * loss).backward()
+            found["ladd"] = loss.item()
+        return found
+
+
 def train_student(config: Config, out: Path) -> None:
     """Trains, and writes OUT/student/{transformer,controlnet} with the averaged weights."""
     corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
@@ -79,73 +150,14 @@ def train_student(config: Config, out: Path) -> None:
     ema = Ema(student, config.ema)
     opt = adamw([([p for p in student.parameters() if p.requires_grad] + list(logvar.parameters()), config.student_lr)], config)
     disc_opt = adamw([(list(disc.parameters()), config.student_disc_lr)], config)
-    no_lines = config.controlnet_no_lines if config.student_base else 0.0
-
-    def consistency(x_t, t, w, batch: Batch, scale, r) -> torch.Tensor:
-        with autocast(config):
-            with torch.no_grad():
-                dxdt = SIGMA_DATA * guided_F(teacher, x_t / SIGMA_DATA, t, batch, 1 + config.guidance_gain * (w - 1), scale)
-                function = lambda x, t: student(x, t, batch.text, batch.mask, batch.cond, scale, w)
-                F_minus, dF = jvp_of_student(function, x_t / SIGMA_DATA, t, dxdt)
-                g = normalised_tangent(scm_tangent(F_minus, dF, x_t, dxdt, t, r))
-            F = student(x_t / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale, w)
-        return scm_loss(F, F_minus, g, t, logvar(student.transformer, t, w)).mean()
-
-    def one_step(x_t, t, w, batch: Batch, scale) -> torch.Tensor:
-        F = student(x_t / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale, w)
-        return trigflow.clean_from_F(x_t, F, t)
-
-    def judge(x0, z, t, batch: Batch, scale) -> torch.Tensor:
-        return disc(trigflow.interpolate(x0, z, t) / SIGMA_DATA, t, batch.text, batch.mask, batch.cond, scale)
-
-    def adversarial(x_t, t, z_d, t_d, w, batch: Batch, scale) -> torch.Tensor:
-        with autocast(config):
-            return hinge_generator(judge(one_step(x_t, t, w, batch, scale), z_d, t_d, batch, scale).float()).mean()
-
-    def discriminate(x_t, t, real, z_d, t_d, w, batch: Batch, scale) -> tuple[torch.Tensor, torch.Tensor]:
-        with autocast(config):
-            with torch.no_grad():
-                fake = one_step(x_t, t, w, batch, scale)
-            twice = Batch(*(torch.cat([a, a]) if torch.is_tensor(a) else a for a in vars(batch).values()))
-            both = judge(torch.cat([real, fake]), z_d, t_d, twice, torch.cat([scale, scale])).float()
-        real_logits, fake_logits = both.chunk(2)
-        return hinge_discriminator(real_logits, fake_logits).mean(), (real_logits.mean() - fake_logits.mean()).detach()
-
-    consistency, adversarial, discriminate = (maybe_compile(config.compile_denoiser, f) for f in (consistency, adversarial, discriminate))
-
-    def backward(step: int, draws: Draws) -> dict[str, float]:
-        """Gradients of one micro-batch: of the student at even steps, of the discriminator at odd ones."""
-        count = config.student_batch // config.micro_batches
-        batch = corpus.draw(count, draws)
-        x0, z = batch.x0 * SIGMA_DATA, draws.normal(*batch.x0.shape) * SIGMA_DATA
-        t = trigflow.t_from_normal(draws.normal(count), config.scm_mean, config.scm_std)
-        w = torch.tensor(config.guidance, device=x0.device)[(draws.uniform(count) * len(config.guidance)).long()]
-        scale = (draws.uniform(count) >= no_lines).float()
-        t_adv, t_disc = adversarial_times(draws.normal(count), draws.uniform(count), t, config.ladd_t_max_share)
-        x_adv, z_disc = trigflow.interpolate(x0, z, t_adv), draws.normal(*x0.shape) * SIGMA_DATA
-        if step % 2:
-            # real and fake are re-noised with draws of their own
-            z_real, t_real = draws.normal(*x0.shape) * SIGMA_DATA, trigflow.t_from_normal(draws.normal(count), -0.6, 1.0)
-            loss, margin = discriminate(x_adv, t_adv, x0, torch.cat([z_real, z_disc]), torch.cat([t_real, t_disc]), w, batch, scale)
-            (loss / config.micro_batches).backward()
-            return {"disc_loss": loss.item(), "margin": margin.item()}
-        found = {}
-        if config.scm_weight:
-            # a tensor, so that compiled code does not see a new constant at every step
-            r = torch.tensor(min(1.0, step / max(1, config.scm_warmup)), device=x0.device)
-            loss = consistency(trigflow.interpolate(x0, z, t), t, w, batch, scale, r)
-            (config.scm_weight / config.micro_batches * loss).backward()
-            found["scm"] = loss.item()
-        if config.ladd_weight:
-            loss = adversarial(x_adv, t_adv, z_disc, t_disc, w, batch, scale)
-            (config.ladd_weight / config.micro_batches * loss).backward()
-            found["ladd"] = loss.item()
-        return found
+    losses = Distillation(config, teacher, student, disc, logvar)
+    for name in ("consistency", "adversarial", "discriminate"):
+        setattr(losses, name, maybe_compile(config.compile_denoiser, getattr(losses, name)))
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
         numbers: dict[str, float] = {}
         for _ in range(config.micro_batches):
-            for key, value in backward(step, draws).items():
+            for key, value in losses.backward(step, draws, corpus).items():
                 numbers[key] = numbers.get(key, 0.0) + value / config.micro_batches
         numbers |= apply_gradients(disc_opt if step % 2 else opt, step, config.student_steps, config.student_clip, config)
         if step % 2 == 0:
