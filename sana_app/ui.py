@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from sana_app.lines import ink_from_rgb
 from sana_app.live import JOB_LIMIT_S, LiveService
 from sana_app.pad import read_examples, show_first, sketch_pad
-from sana_app.request import GUIDANCE_MAX, PROMPT_CHARS, SEED_MAX, STEPS, STRENGTH_MAX, RenderRequest, check_request
+from sana_app.request import PROMPT_CHARS, SEED_MAX, STEPS, STRENGTH_MAX, RenderRequest, check_request
 from sana_app.worker import Busy, RenderWorker
 
 Image.MAX_IMAGE_PIXELS = 16_000_000

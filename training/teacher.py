@@ -9,7 +9,7 @@ from diffusers import SanaTransformer2DModel
 
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.network import TrigFlowTeacher, predict_flow
-from training.batches import Batch, Corpus
+from training.batches import Corpus
 from training.config import Config
 from training.flow import flow_loss, flow_path, shifted_time
 from training.loop import Draws, Ema, adamw, apply_gradients, autocast, device, maybe_compile, run
