@@ -14,6 +14,8 @@ class Config:
 
     # data
     data: str = ""                     # folder of shards or of loose pictures
+    base: str = ""                     # model folder (diffusers layout) a stage starts from; "" = what the stage before left in OUT
+    vae: str = ""                      # folder of a ready AutoencoderDC; "" = OUT/autoencoder/vae
     size_px: int = 128                 # side of the pictures
     toned_weight: float = 0.25         # sampling weight of a skin-toned variant against 1 for any other picture
     caption_dropout: float = 0.1       # share of samples trained with the empty prompt
