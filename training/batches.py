@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from training.text import load_text_encoder
+from training.conditions import condition_maker
 from training.config import Config
 from training.data.cache import Latents, Pixels, Texts, latent_cache, pixel_cache, text_cache
 from training.loop import Draws, autocast, device, maybe_compile
@@ -36,7 +37,7 @@ class Corpus:
     def __init__(self, config: Config, out: Path, split: str):
         self.config = config
         cache = out / "cache"
-        self.pixels: Pixels = pixel_cache(config.data, split, config.size_px, cache)
+        self.pixels: Pixels = pixel_cache(config.data, split, config.size_px, cache, config.condition, condition_maker(config.condition, config.condition_weights))
         folder = out / "autoencoder" / "vae"
         if not (folder / "config.json").exists():
             raise ValueError(f"no autoencoder at {folder}: run the autoencoder stage first, or put one there")
@@ -87,8 +88,10 @@ class Corpus:
         return self.vae.decode(latents.float() / self.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
 
     def drawings(self, batch: Batch) -> torch.Tensor:
-        """The drawings of `fixed` pictures, dark on light [B, 3, H, W] in [-1, 1]."""
+        """The conditions of `fixed` pictures as a person sees them, [B, 3, H, W] in [-1, 1]: drawings dark on light, colour as it is."""
         inks = np.stack([self.pixels.inks[self.pixels.first_ink[r]] for r in batch.rows])
+        if inks.ndim == 4:
+            return torch.from_numpy(inks).permute(0, 3, 1, 2).float() / 127.5 - 1
         return (1 - torch.from_numpy(inks).float() / 127.5)[:, None].expand(-1, 3, -1, -1)
 
 

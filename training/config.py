@@ -19,6 +19,8 @@ class Config:
     size_px: int = 128                 # side of the pictures
     toned_weight: float = 0.25         # sampling weight of a skin-toned variant against 1 for any other picture
     caption_dropout: float = 0.1       # share of samples trained with the empty prompt
+    condition: str = "lines"           # what the ControlNet follows: lines, canny, hed, depth, or own (NAME.cond.png beside the picture)
+    condition_weights: str = ""        # folder with the HED or depth network's weights; "" = fetched from the hub
     # machine
     precision: str = "bf16"            # autocast type: bf16 or fp32; master weights are always fp32
     compile: bool = False              # torch.compile the autoencoder: 3 times as fast on two cores (needs a C++ compiler there)

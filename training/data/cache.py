@@ -20,7 +20,10 @@ from tqdm import tqdm
 
 from sana_app.lines import resize_ink
 from training.data.drawing import line_drawing
-from training.data.shards import read_samples
+from training.data.shards import Sample, read_samples
+
+# (sample, its fitted picture, fit: crops and resizes another raster of the sample as the picture was) -> condition rasters
+Conditions = Callable[[Sample, np.ndarray, Callable[[np.ndarray], np.ndarray]], list[np.ndarray]]
 
 
 def digest(*parts: str) -> str:
@@ -54,7 +57,7 @@ class Pixels:
     """One split in memory-mapped arrays. Inks of picture i are rows `first_ink[i] : first_ink[i + 1]` of `inks`."""
 
     images: np.ndarray     # uint8 [N, S, S, 3]
-    inks: np.ndarray       # uint8 [M, S, S], 255 = ink
+    inks: np.ndarray       # conditions: ink uint8 [M, S, S], 255 = ink (or depth, 255 = near), or pictures in colour uint8 [M, S, S, 3]
     first_ink: np.ndarray  # int64 [N + 1]
     captions: list[list[str]]
     meta: list[dict]
@@ -71,12 +74,16 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
 
 
-def _build_pixels(folder: Path, source: Path, split: str, size: int) -> None:
+def _build_pixels(folder: Path, source: Path, split: str, size: int, conditions: Conditions | None) -> None:
     images, inks, first, captions, meta, keys = [], [], [0], [], [], []
     for sample in tqdm(read_samples(source, split), desc=f"reading {split}", mininterval=5):
-        drawings = sample.lines or [_draw(sample.image, sample.key, i) for i in range(2)]
-        images.append(fit(sample.image, size))
-        inks += [resize_ink(fit(ink, min(ink.shape)), size) for ink in drawings]
+        image = fit(sample.image, size)
+        if conditions is None:
+            drawings = sample.lines or [_draw(sample.image, sample.key, i) for i in range(2)]
+            inks += [resize_ink(fit(ink, min(ink.shape)), size) for ink in drawings]
+        else:
+            inks += conditions(sample, image, lambda raster: fit(raster, size))
+        images.append(image)
         first.append(len(inks))
         captions.append(sample.captions)
         meta.append(sample.meta)
@@ -95,11 +102,11 @@ def _draw(image: np.ndarray, key: str, number: int) -> np.ndarray:
     return line_drawing(np.ascontiguousarray(image), alpha, rng)
 
 
-def pixel_cache(source: str | Path, split: str, size: int, cache: Path) -> Pixels:
-    """All pictures of a split at `size` px."""
+def pixel_cache(source: str | Path, split: str, size: int, cache: Path, condition: str = "lines", conditions: Conditions | None = None) -> Pixels:
+    """All pictures of a split at `size` px, and their conditions: line drawings, or what `conditions` makes (training/conditions.py)."""
     source = Path(source)
-    key = digest(source_hash(source, split), str(size), "pixels-2")
-    folder = once(cache / f"pixels-{split}-{key}", lambda f: _build_pixels(f, source, split, size))
+    key = digest(source_hash(source, split), str(size), "pixels-2", *([] if condition == "lines" else [condition]))
+    folder = once(cache / f"pixels-{split}-{key}", lambda f: _build_pixels(f, source, split, size, conditions))
     about = json.loads((folder / "about.json").read_text())
     load = lambda name: np.load(folder / f"{name}.npy", mmap_mode="r")
     return Pixels(load("images"), load("inks"), np.load(folder / "first_ink.npy"), about["captions"], about["meta"], key)

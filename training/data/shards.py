@@ -1,7 +1,8 @@
 """Paired samples on disk: webdataset tar shards, or a plain folder of pictures and text files.
 
 A sample is `KEY.png` (or .jpg, .webp) with `KEY.txt` or `KEY.json`, and any number of `KEY.lines*.png`
-(dark lines on light paper or the reverse). A broken file is named, skipped and counted.
+(dark lines on light paper or the reverse) or `KEY.cond*.png` (a condition picture of your own kind, taken as it is, in
+colour). A broken file is named, skipped and counted.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass
 class Sample:
-    """One pair. `image` uint8 [H, W, 3]; `lines` a list of ink rasters uint8 [H, W] (255 = ink), possibly empty."""
+    """One pair. `image` uint8 [H, W, 3]; `lines` a list of ink rasters uint8 [H, W] (255 = ink), `conds` one of the user's own
+    condition pictures uint8 [H, W, 3]; both possibly empty."""
 
     key: str
     image: np.ndarray
     lines: list[np.ndarray]
     captions: list[str]
     meta: dict = field(default_factory=dict)
+    conds: list[np.ndarray] = field(default_factory=list)
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -59,6 +62,7 @@ def sample_files(sample: Sample) -> list[tuple[str, bytes]]:
     """The files of one sample, as they stand in a shard: lines are stored dark on light, as a person would see them."""
     files = [(f"{sample.key}.png", encode_png(sample.image))]
     files += [(f"{sample.key}.lines{i}.png", encode_png(255 - ink)) for i, ink in enumerate(sample.lines)]
+    files += [(f"{sample.key}.cond{i}.png", encode_png(cond)) for i, cond in enumerate(sample.conds)]
     text = json.dumps({"captions": sample.captions, **sample.meta}, sort_keys=True, ensure_ascii=False)
     return files + [(f"{sample.key}.json", text.encode())]
 
@@ -102,14 +106,15 @@ def build_sample(key: str, files: dict[str, bytes]) -> Sample:
     else:
         raise ValueError(f"{key}: no caption; wanted {key}.txt (one caption a line) or {key}.json")
     lines = [ink_from_rgb(decode_picture(files[ext], key + ext)) for ext in sorted(files) if ext.startswith(".lines")]
-    return Sample(key, decode_picture(files[picture], key + picture), lines, captions, meta)
+    conds = [decode_picture(files[ext], key + ext) for ext in sorted(files) if ext.startswith(".cond")]
+    return Sample(key, decode_picture(files[picture], key + picture), lines, captions, meta, conds)
 
 
 def split_name(name: str) -> tuple[str, str]:
     """`a/b.lines0.png` -> (`a/b`, `.lines0.png`); `a/b.v2.png` -> (`a/b.v2`, `.png`)."""
     stem, dot, ext = name.rpartition(".")
     head, _, middle = stem.rpartition(".")
-    if middle.startswith("lines") and head:
+    if middle.startswith(("lines", "cond")) and head:
         return head, f".{middle}.{ext.lower()}"
     return stem, f"{dot}{ext.lower()}"
 
@@ -134,7 +139,7 @@ def _folder_groups(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     groups: dict[str, dict[str, Path]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tar"):
         key, ext = split_name(path.relative_to(folder).as_posix())
-        if ext in PICTURES + (".txt", ".json") or ext.startswith(".lines"):
+        if ext in PICTURES + (".txt", ".json") or ext.startswith((".lines", ".cond")):
             groups.setdefault(key, {})[ext] = path
     for key, paths in groups.items():
         if any(ext in PICTURES for ext in paths):
