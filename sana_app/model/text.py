@@ -86,9 +86,11 @@ def cut_off(tokenizer, prompts: list[str], settings: TextSettings, tokens=None) 
     return [text[last:].strip() for text, last in zip(texts, last_character)]
 
 
-@torch.no_grad()
-def encode_text(tokenizer, text_encoder, prompts: list[str], settings: TextSettings) -> EncodedText:
-    """Token states of the first token and of the last max_tokens - 1 after the instruction, as in SANA section 3.1."""
+def token_states(tokenizer, text_encoder, prompts: list[str], settings: TextSettings) -> EncodedText:
+    """Token states of the first token and of the last max_tokens - 1 after the instruction, as in SANA section 3.1.
+
+    Differentiable: training tunes the text encoder through it. Everything else calls encode_text.
+    """
     tokens = tokenize(tokenizer, prompts, settings)
     length, positions = tokens.input_ids.shape[1], text_encoder.config.max_position_embeddings
     if length > positions:
@@ -100,6 +102,12 @@ def encode_text(tokenizer, text_encoder, prompts: list[str], settings: TextSetti
     states = text_encoder(ids, attention_mask=mask)[0]                                     # [B, all, C]
     keep = [0, *range(1 - settings.max_tokens, 0)]
     return EncodedText(states[:, keep], mask[:, keep], cut_off(tokenizer, prompts, settings, tokens))
+
+
+@torch.no_grad()
+def encode_text(tokenizer, text_encoder, prompts: list[str], settings: TextSettings) -> EncodedText:
+    """token_states without gradients."""
+    return token_states(tokenizer, text_encoder, prompts, settings)
 
 
 class LRU:
