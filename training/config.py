@@ -30,6 +30,14 @@ class Config:
     seed: int = 0
     save_minutes: float = 5.0          # time between checkpoints
     preview_steps: int = 250           # steps between contact sheets and validation; 0 = only at the end
+    # processes, optimiser, tracker
+    fsdp: bool = False                 # with several processes: shard weights, gradients and optimiser (FSDP2; not the student, whose JVP cannot)
+    optimizer: str = "adamw"           # adamw, adamw8bit (a quarter of its memory) or came (half of it)
+    lr_cross_attention: float = 1.0    # multiplier of the stage's learning rate for cross attention
+    lr_norms: float = 1.0              # the same for norms (q, k and caption norms)
+    lr_rest: float = 1.0               # the same for everything else
+    tracker: str = "tensorboard"       # where curves go: a tracker of accelerate's (tensorboard, wandb, mlflow, ...), or "none"
+    dry_run: bool = False              # look only: sizes, memory, first batch; set by --dry-run
     # autoencoder
     ae_channels: tuple = (32, 32, 64, 128, 256)
     ae_encoder_layers: tuple = (0, 1, 1, 1, 1)

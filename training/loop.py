@@ -24,12 +24,9 @@ from tqdm import tqdm
 
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config
+from training.distributed import device, rank, world
 
 MAX_BAD_STEPS = 10
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def autocast(config: Config) -> torch.autocast:
@@ -49,17 +46,39 @@ def maybe_compile(wanted: bool, function: Callable) -> Callable:
 
 
 class Draws:
-    """Random numbers of one step, on the CPU and in a fixed order, whatever the device: Draws(seed, step)."""
+    """Random numbers of one step, on the CPU and in a fixed order, whatever the device: Draws(seed, step).
 
-    def __init__(self, seed: int, step: int):
+    Process `rank` of `world` draws the numbers of the whole batch and keeps its slice, so that the batch is the same on any
+    number of processes. Who uses `numpy` directly does the same: draw `count * world` rows, keep those of `mine(count)`.
+    """
+
+    def __init__(self, seed: int, step: int, rank: int = 0, world: int = 1):
+        self.seed, self.step, self.rank, self.world = seed, step, rank, world
         self.numpy = np.random.default_rng((seed, step))
         self.torch = torch.Generator().manual_seed(int(self.numpy.integers(1 << 62)))
 
-    def normal(self, *shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=self.torch).to(device())
+    def mine(self, count: int) -> slice:
+        """The rows of the whole batch's `count * world` that this process works on."""
+        return slice(self.rank * count, (self.rank + 1) * count)
 
-    def uniform(self, *shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=self.torch).to(device())
+    def normal(self, count: int, *shape: int) -> torch.Tensor:
+        return torch.randn(count * self.world, *shape, generator=self.torch)[self.mine(count)].to(device())
+
+    def uniform(self, count: int, *shape: int) -> torch.Tensor:
+        return torch.rand(count * self.world, *shape, generator=self.torch)[self.mine(count)].to(device())
+
+    def parts(self, count: int) -> list[Draws]:
+        """Draws of the `count` micro-batches of this step: together they give the batch that one alone would."""
+        return [Draws(self.seed, self.step, self.rank * count + i, self.world * count) for i in range(count)]
+
+
+def local_batch(batch: int, config: Config) -> int:
+    """Samples of one micro-batch on this process. ValueError where `batch` cannot be shared out evenly."""
+    count = batch // (world() * config.micro_batches)
+    if count * world() * config.micro_batches != batch:
+        raise ValueError(f"a batch of {batch} cannot be shared evenly by {world()} processes with micro_batches={config.micro_batches}: "
+                         "choose a batch that their product divides")
+    return count
 
 
 class Ema(torch.nn.Module):
@@ -131,7 +150,7 @@ def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_ste
     try:
         for step in bar:
             tick = time.monotonic()
-            numbers = train_step(step, Draws(config.seed, step))
+            numbers = train_step(step, Draws(config.seed, step, rank(), world()))
             numbers["images_per_s"] = images_per_step / (time.monotonic() - tick)
             bad = bad + 1 if numbers.get("skipped") else 0
             if bad >= MAX_BAD_STEPS:
