@@ -38,11 +38,14 @@ class Corpus:
         self.config = config
         cache = out / "cache"
         self.pixels: Pixels = pixel_cache(config.data, split, config.size_px, cache, config.condition, condition_maker(config.condition, config.condition_weights))
-        folder = out / "autoencoder" / "vae"
+        folder = Path(config.vae) if config.vae else out / "autoencoder" / "vae"
         if not (folder / "config.json").exists():
-            raise ValueError(f"no autoencoder at {folder}: run the autoencoder stage first, or put one there")
-        self.vae = AutoencoderDC.from_pretrained(folder).to(device()).eval()
+            raise ValueError(f"no autoencoder at {folder}: run the autoencoder stage first, put one there, or set vae to a folder with one")
+        self.vae = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32).to(device()).eval()
         vae_key = f"{(folder / 'config.json').read_text()}{weights_hash(self.vae)}"
+        if config.vae_tiling:  # blended tiles: nearly, not exactly, what the whole picture gives
+            self.vae.enable_tiling(config.vae_tiling, config.vae_tiling, config.vae_tiling * 7 // 8, config.vae_tiling * 7 // 8)
+            vae_key += f" tiles {config.vae_tiling}"
 
         def encode_pictures(x: torch.Tensor) -> torch.Tensor:
             with autocast(config):

@@ -64,7 +64,7 @@ class Config:
     teacher_steps: int = 1000
     teacher_batch: int = 48
     teacher_lr: float = 1e-3
-    teacher_shift: float = 1.0         # flow shift: 1 at 128 px, 3 at 1024 px
+    teacher_shift: float = 1.0         # flow shift: 1 at 128 px, 3 at 1024 px; 0 = by size_px, as published (flow.resolution_shift)
     teacher_clip: float = 1.0          # gradient norm
     # ControlNet (flow matching with lines)
     controlnet_layers: int = 3
@@ -73,6 +73,15 @@ class Config:
     controlnet_lr: float = 1e-3
     controlnet_base_lr: float = 0.0    # learning rate of the teacher beneath it; 0 = frozen, as published
     controlnet_no_lines: float = 0.15  # share of samples without lines when the base learns too, so that it does not forget
+    # base: published checkpoints, fine-tuning, large pictures
+    frozen_bf16: bool = False          # frozen networks (teacher, base under a ControlNet) held in bf16: half their memory
+    interpolation_scale: float = 0.0   # sine-cosine positions of this scale (published: 1 at 2048 px, 2 at 4096 px); 0 = as the base has it
+    vae_tiling: int = 0                # side of the tiles in px in which large pictures are encoded and decoded; 0 = whole
+    finetune_steps: int = 1000
+    finetune_batch: int = 48
+    finetune_lr: float = 2e-5
+    controlnet_teacher: str = ""       # student stage: folder with a flow teacher's transformer/ and controlnet/; "" = OUT/controlnet
+    student_controlnet: bool = True    # False: distil the text-to-image teacher (base, or OUT/teacher) alone, as published
     # student (sCM + LADD)
     student_steps: int = 1000          # alternating: every other step trains the discriminator
     student_batch: int = 32
