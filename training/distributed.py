@@ -185,9 +185,17 @@ def whole(state: object) -> object:
     return state
 
 
+def shard_rows(rows: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """This process's `rows` of a matrix with as many rows as `pattern` has, sharded as `pattern` is."""
+    if not isinstance(pattern, DTensor):
+        return rows
+    shape = (pattern.shape[0], rows.shape[1])
+    return DTensor.from_local(rows, pattern.device_mesh, pattern.placements, run_check=False, shape=shape, stride=(rows.shape[1], 1))
+
+
 def like(tensor: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on every process, sharded as `pattern` is. Nothing is sent."""
-    if not isinstance(pattern, DTensor) or tensor.shape != pattern.shape:
+    """A whole tensor, the same on every process, sharded by its first axis as `pattern` is, if it has as many rows. Nothing is sent."""
+    if not isinstance(pattern, DTensor) or tensor.ndim == 0 or tensor.shape[0] != pattern.shape[0]:
         return tensor
     return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements, src_data_rank=None)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import Config
 from training.distributed import device, rank, world
+from training.optim import adamw, apply_gradients, learning_rate  # noqa: F401  (stages take them from here)
 
 MAX_BAD_STEPS = 10
 
@@ -94,32 +94,6 @@ class Ema(torch.nn.Module):
         decay = min(self.decay, (1 + step) / (10 + step))
         mine, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - decay)
-
-
-def learning_rate(peak: float, step: int, steps: int, config: Config) -> float:
-    """Linear warm-up, then a cosine from `peak` down to `lr_final * peak` at the last step."""
-    warm = min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-    done = min(1.0, step / max(1, steps))
-    return peak * warm * (config.lr_final + (1 - config.lr_final) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def adamw(groups: list[tuple[list, float]], config: Config) -> torch.optim.AdamW:
-    """AdamW over (parameters, peak learning rate) groups. Fused on both devices: one pass over the weights."""
-    opt = torch.optim.AdamW([{"params": p, "lr": lr, "peak": lr} for p, lr in groups], betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
-    return opt
-
-
-def apply_gradients(opt: torch.optim.Optimizer, step: int, steps: int, clip: float, config: Config) -> dict[str, float]:
-    """Clip, set the learning rate, step, clear. A gradient that is not finite skips the step and is counted."""
-    params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(params, clip)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        for group in opt.param_groups:
-            group["lr"] = learning_rate(group["peak"], step, steps, config)
-        opt.step()
-    opt.zero_grad(set_to_none=True)
-    return {"grad_norm": float(norm), "skipped": float(not finite)}
 
 
 def code_version() -> str:
