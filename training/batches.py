@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from training.text import load_text_encoder
+from training.base import tile
 from training.conditions import condition_maker
 from training.config import Config
 from training.data.cache import Latents, Pixels, Texts, latent_cache, pixel_cache, text_cache
@@ -43,8 +44,8 @@ class Corpus:
             raise ValueError(f"no autoencoder at {folder}: run the autoencoder stage first, put one there, or set vae to a folder with one")
         self.vae = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32).to(device()).eval()
         vae_key = f"{(folder / 'config.json').read_text()}{weights_hash(self.vae)}"
-        if config.vae_tiling:  # blended tiles: nearly, not exactly, what the whole picture gives
-            self.vae.enable_tiling(config.vae_tiling, config.vae_tiling, config.vae_tiling * 7 // 8, config.vae_tiling * 7 // 8)
+        if config.vae_tiling:
+            tile(self.vae, config.vae_tiling)
             vae_key += f" tiles {config.vae_tiling}"
 
         def encode_pictures(x: torch.Tensor) -> torch.Tensor:
