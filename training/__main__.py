@@ -18,7 +18,9 @@ STAGES = {
     "student": ("training.student", "train_student"),
     "decoder": ("training.decoder", "train_decoder"),
     "export": ("training.export", "export_model"),
+    "lora": ("training.lora", "train_lora"),
 }
+CHAIN = ("autoencoder", "teacher", "controlnet", "student", "decoder", "export")  # what "all" runs, in this order
 
 
 def main() -> None:
@@ -30,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         config = load_config(args.recipe, args.set)
-        for stage in STAGES if args.stage == "all" else [args.stage]:
+        for stage in CHAIN if args.stage == "all" else [args.stage]:
             module, function = STAGES[stage]
             getattr(importlib.import_module(module), function)(config, args.out or Path("runs") / args.recipe)
     except (ValueError, FloatingPointError) as error:

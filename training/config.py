@@ -82,6 +82,21 @@ class Config:
     finetune_lr: float = 2e-5
     controlnet_teacher: str = ""       # student stage: folder with a flow teacher's transformer/ and controlnet/; "" = OUT/controlnet
     student_controlnet: bool = True    # False: distil the text-to-image teacher (base, or OUT/teacher) alone, as published
+    # lora
+    lora_prompt: str = ""              # caption of the pictures that have none, with a word of its own: "a photo of sks dog"
+    lora_rank: int = 0                 # 0 = suggested from the number of pictures
+    lora_alpha: float = 0.0            # the adapter's scale is alpha / rank; 0 = the rank
+    lora_targets: tuple = ("q", "v")   # what carries it in self and cross attention: some of q, k, v, out
+    lora_steps: int = 0                # 0 = suggested
+    lora_batch: int = 4                # pictures a step, and as many of the class
+    lora_lr: float = 0.0               # 0 = suggested
+    lora_clip: float = 1.0             # gradient norm
+    lora_lines: float = 0.0            # share of samples trained with their lines, where the base has a ControlNet (which stays as it is)
+    lora_teacher: str = ""             # folder with the flow teacher's transformer/ (and controlnet/) of a Sprint base; "" = train without one
+    lora_prior_prompt: str = ""        # what the class is called, "a photo of a dog": prior preservation; "" = none
+    lora_prior_data: str = ""          # folder with pictures of the class; "" = the model draws them itself, before the training
+    lora_prior_images: int = 0         # how many it draws; 0 = 100
+    lora_prior_weight: float = 1.0     # weight of the loss on them
     # student (sCM + LADD)
     student_steps: int = 1000          # alternating: every other step trains the discriminator
     student_batch: int = 32
