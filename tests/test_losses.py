@@ -10,7 +10,7 @@ from sana_app.model import trigflow
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.convert import sprint_from_teacher
 from sana_app.model.network import TrigFlowTeacher
-from training.discriminator import Discriminator, LocalBatchNorm
+from training.discriminator import Discriminator, Head
 from training.flow import flow_loss, flow_path, shifted_time
 from training.losses import (
     hinge_discriminator,
@@ -201,11 +201,13 @@ def test_hinge_losses_have_their_known_values():
     assert hinge_generator(torch.full((2, 3), 0.25)).tolist() == [-0.25, -0.25]
 
 
-def test_local_batch_norm_normalises_each_group_by_itself():
-    norm = LocalBatchNorm(3, group=4)
-    x = torch.randn(8, 3, 5)
-    apart = torch.cat([norm(x[:4]), norm(x[4:])])
-    torch.testing.assert_close(norm(x), apart)
+def test_a_verdict_is_of_one_sample_alone_and_sees_what_all_fakes_share():
+    torch.manual_seed(0)
+    head, x = Head(16).eval(), torch.randn(4, 9, 16)
+    torch.testing.assert_close(head(x)[:2], head(x[:2]))
+    shift = torch.zeros(16)
+    shift[3] = 2.0  # the same in every sample: a norm over the batch would take it away
+    assert (head(x + shift) - head(x)).mean().abs() > 1e-3
 
 
 def test_logvar_starts_at_the_scale_of_a_unit_tangent():

