@@ -97,6 +97,17 @@ class Config:
     lora_prior_data: str = ""          # folder with pictures of the class; "" = the model draws them itself, before the training
     lora_prior_images: int = 0         # how many it draws; 0 = 100
     lora_prior_weight: float = 1.0     # weight of the loss on them
+    # swap: another autoencoder or text encoder under a finished teacher
+    swap_short_steps: int = 200        # steps of the short run, stage b
+    swap_steps: int = 2000             # steps of the full run, stage c
+    swap_full: bool = False            # go on to stage c
+    swap_batch: int = 48
+    swap_lr: float = 2e-5              # learning rate of the layers that were kept; 0 = frozen
+    swap_new_lr: float = 1e-3          # learning rate of the layers that were re-initialised
+    swap_reinit: bool = False          # re-initialise the layers at the swapped part even where their channels fit
+    swap_psnr_drop_db: float = 3.0     # how far a new autoencoder may reconstruct below the old one before the swap stops
+    text_encoder_lr: float = 0.0       # learning rate of the text encoder, tuned jointly in the swap stage; 0 = frozen, states cached
+    latent_band: float = 4.0           # half width of the monitor's band, in standard errors of the reference statistics
     # student (sCM + LADD)
     student_steps: int = 1000          # alternating: every other step trains the discriminator
     student_batch: int = 32
