@@ -19,6 +19,7 @@ STAGES = {
     "decoder": ("training.decoder", "train_decoder"),
     "export": ("training.export", "export_model"),
     "lora": ("training.lora", "train_lora"),
+    "finetune": ("training.finetune", "train_finetune"),
 }
 CHAIN = ("autoencoder", "teacher", "controlnet", "student", "decoder", "export")  # what "all" runs, in this order
 

@@ -78,8 +78,11 @@ def load_part(folder: Path, model_class: type[ModelMixin], dtype: torch.dtype = 
 def load_transformer(base: str | Path, dtype: torch.dtype = torch.float32) -> SanaTransformer2DModel:
     """The transformer of a model folder, or of an NVlabs .pth, in `dtype`."""
     if Path(base).suffix == ".pth":
-        from training.convert.pth import transformer_from_pth
-        return transformer_from_pth(Path(base)).to(dtype)
+        from training.convert.pth import build_model, load_pth
+        model = build_model(load_pth(base))
+        if not isinstance(model, SanaTransformer2DModel):
+            raise ValueError(f"base={base} holds a ControlNet, wanted a transformer")
+        return model.to(dtype)
     return load_part(Path(base) / "transformer", SanaTransformer2DModel, dtype)
 
 

@@ -1,4 +1,7 @@
-"""Stage 2: the flow-matching teacher, text to image, with qk-norm and a time embedding that sees [0, 1] (SANA-Sprint §3.1)."""
+"""Stage 2: the flow-matching teacher, text to image, with qk-norm and a time embedding that sees [0, 1] (SANA-Sprint §3.1).
+
+From nothing, in the recipe's shape; or, with `base`, from a published SANA checkpoint, all weights trained from the first step.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,33 @@ from diffusers import SanaTransformer2DModel
 
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.network import TrigFlowTeacher, predict_flow
+from training.base import check_fits, load_transformer, report_changes, save_folder, set_latent_size, teacher_from_base, with_base
 from training.batches import Corpus
 from training.config import Config
-from training.flow import flow_loss, flow_path, shifted_time
-from training.loop import Draws, Ema, adamw, apply_gradients, autocast, device, maybe_compile, run
+from training.distributed import shard_model
+from training.flow import flow_loss, flow_path, resolution_shift, shifted_time
+from training.loop import Draws, Ema, apply_gradients, autocast, device, local_batch, maybe_compile, run
+from training.optim import layer_groups, make_optimizer
 from training.sampling import sample_teacher
 from training.sheets import contact_sheet
 
 
-def build_teacher(config: Config, corpus: Corpus) -> SanaTransformer2DModel:
-    """A stock SANA transformer with qk-norm and timestep_scale 0.001, shaped by the recipe and by the corpus' latents."""
-    channels, sample_size = corpus.latents.images.shape[1], corpus.latents.images.shape[2]
+def build_teacher(config: Config, channels: int, sample_size: int, text_channels: int) -> SanaTransformer2DModel:
+    """A stock SANA transformer with qk-norm and timestep_scale 0.001, shaped by the recipe: latents [channels, sample_size,
+    sample_size], text states of `text_channels`."""
     width = 32 * config.heads
     return SanaTransformer2DModel(
         in_channels=channels, out_channels=channels, sample_size=sample_size, patch_size=1,
         num_attention_heads=config.heads, attention_head_dim=32, num_layers=config.layers,
         num_cross_attention_heads=config.cross_heads, cross_attention_head_dim=width // config.cross_heads, cross_attention_dim=width,
-        caption_channels=corpus.texts.states.shape[1], qk_norm="rms_norm_across_heads", timestep_scale=0.001, guidance_embeds=False,
-        interpolation_scale=1.0)  # sine-cosine positions: with 64 tokens they are learnt sooner than through padding alone
+        caption_channels=text_channels, qk_norm="rms_norm_across_heads", timestep_scale=0.001, guidance_embeds=False,
+        interpolation_scale=config.interpolation_scale or 1.0)  # positions: with 64 tokens they are learnt sooner than through padding alone
+
+
+def latent_shape(config: Config, corpus: Corpus) -> tuple[int, int, int]:
+    """(latent channels, side of a square latent of size_px, text channels) of the cached data."""
+    vae = corpus.vae
+    return vae.config.latent_channels, config.size_px // vae.spatial_compression_ratio, corpus.texts.states.shape[1]
 
 
 def validation_loss(predict, corpus: Corpus, config: Config) -> float:
@@ -38,16 +50,19 @@ def validation_loss(predict, corpus: Corpus, config: Config) -> float:
         return float(flow_loss(predict(flow_path(batch.x0, z, s), s, batch), batch.x0, z).mean())
 
 
-def train_teacher(config: Config, out: Path) -> None:
-    """Trains, and writes OUT/teacher/transformer with the averaged weights."""
-    corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
-    torch.manual_seed(config.seed)
-    model = build_teacher(config, corpus).to(device())
-    use_explicit_softmax(model)
+def train_flow(name: str, model: SanaTransformer2DModel, config: Config, out: Path, corpus: Corpus, held_out: Corpus,
+               steps: int, batch_size: int, lr: float) -> SanaTransformer2DModel:
+    """Flow matching of all weights of `model` as stage `name`; -> the averaged weights (`model` itself where `ema` is 0)."""
+    shift = config.teacher_shift or resolution_shift(config.size_px)
+    count = local_batch(batch_size, config)
     if config.checkpointing:
         model.enable_gradient_checkpointing()
-    ema = Ema(model, config.ema)
-    opt = adamw([(list(model.parameters()), config.teacher_lr)], config)
+    ema = Ema(model, config.ema) if config.ema else None
+    average = ema.module if ema else model
+    shard_model(model, config)
+    opt = make_optimizer(layer_groups(model, lr, config), config)
+    if ema:
+        shard_model(average, config)
 
     def loss_of(x0: torch.Tensor, z: torch.Tensor, s: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with autocast(config):
@@ -57,25 +72,45 @@ def train_teacher(config: Config, out: Path) -> None:
     loss_of = maybe_compile(config.compile_denoiser, loss_of)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
-        total, count = 0.0, config.teacher_batch // config.micro_batches
-        for _ in range(config.micro_batches):
-            batch = corpus.draw(count, draws)
-            z, s = draws.normal(*batch.x0.shape), shifted_time(draws.normal(count), config.teacher_shift)
+        total = 0.0
+        for part in draws.parts(config.micro_batches):
+            batch = corpus.draw(count, part)
+            z, s = part.normal(*batch.x0.shape), shifted_time(part.normal(count), shift)
             loss = loss_of(batch.x0, z, s, batch.text, batch.mask) / config.micro_batches
             loss.backward()
             total += float(loss.detach())
-        numbers = apply_gradients(opt, step, config.teacher_steps, config.teacher_clip, config)
-        ema.update(model, step)
+        numbers = apply_gradients(opt, step, steps, config.teacher_clip, config, total)
+        if ema:
+            ema.update(model, step)
         return {"loss": total, **numbers}
 
     def preview(step: int, folder: Path) -> dict[str, float]:
         batch = held_out.fixed(16)
         with autocast(config):
-            latents = sample_teacher(TrigFlowTeacher(ema.module), batch, Draws(7, 0).normal(*batch.x0.shape), 16, 3.0)
+            latents = sample_teacher(TrigFlowTeacher(average), batch, Draws(7, 0).normal(*batch.x0.shape), 16, 3.0)
         contact_sheet(torch.cat([held_out.decode(latents), held_out.decode(batch.x0)]), folder / f"preview-{step:06d}.png", 16)
-        predict = lambda x_s, s, b: predict_flow(ema.module, x_s, s, b.text, b.mask)
+        predict = lambda x_s, s, b: predict_flow(average, x_s, s, b.text, b.mask)
         return {"val_loss": validation_loss(predict, held_out, config)}
 
-    run("teacher", out, config, config.teacher_steps, {"model": model, "ema": ema, "opt": opt}, train_step, config.teacher_batch,
-        preview, corpus.pixels.hash)
-    ema.module.save_pretrained(out / "teacher" / "transformer")
+    parts = {"model": model, **({"ema": ema} if ema else {}), "opt": opt}
+    run(name, out, config, steps, parts, train_step, batch_size, preview, corpus.pixels.hash)
+    return average
+
+
+def train_teacher(config: Config, out: Path) -> None:
+    """Trains, and writes OUT/teacher/transformer with the averaged weights; with a `base`, its other parts beside it."""
+    config = with_base(config, out)
+    corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
+    channels, sample_size, text_channels = latent_shape(config, corpus)
+    torch.manual_seed(config.seed)
+    if config.base:
+        model, report = teacher_from_base(load_transformer(config.base))
+        check_fits(model, channels, text_channels)
+        report["config"] |= set_latent_size(model, sample_size, config.interpolation_scale)
+        report_changes(report, config.base, out / "teacher")
+    else:
+        model = build_teacher(config, channels, sample_size, text_channels)
+        use_explicit_softmax(model)
+    average = train_flow("teacher", model.to(device()), config, out, corpus, held_out, config.teacher_steps, config.teacher_batch, config.teacher_lr)
+    # a ControlNet of the base is not the teacher's: it was trained on other features and on other times
+    save_folder(out / "teacher", {"transformer": average}, config.base, drop=("controlnet",))
