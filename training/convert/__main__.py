@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from training.convert.comfy import lora_from_comfy, lora_to_comfy
 from training.convert.describe import KINDS
 from training.convert.pth import to_diffusers, to_pth
 
@@ -29,6 +30,12 @@ def parse() -> argparse.Namespace:
     command.add_argument("source", type=Path, metavar="FOLDER")
     command.add_argument("out", type=Path, metavar="OUT.pth")
     command.add_argument("--side", type=Path, help="native_side.safetensors, or its folder, if it is not in FOLDER")
+    command = commands.add_parser("lora-to-comfy", help="LoRA of diffusers or peft -> ComfyUI (NVlabs' names, fused)")
+    command.add_argument("source", type=Path, metavar="IN", help=".safetensors file, or folder of diffusers or peft")
+    command.add_argument("out", type=Path, metavar="OUT.safetensors")
+    command = commands.add_parser("lora-from-comfy", help="ComfyUI's LoRA of SANA -> diffusers")
+    command.add_argument("source", type=Path, metavar="IN.safetensors")
+    command.add_argument("out", type=Path, metavar="OUT.safetensors")
     return parser.parse_args()
 
 
@@ -36,7 +43,10 @@ def main() -> None:
     args = vars(parse())
     command, source, out = args.pop("command"), args.pop("source"), args.pop("out")
     try:
-        notes = to_diffusers(source, out, **args).notes if command == "to-diffusers" else to_pth(source, out, **args)
+        if command == "to-diffusers":
+            notes = to_diffusers(source, out, **args).notes
+        else:
+            notes = {"to-pth": to_pth, "lora-to-comfy": lora_to_comfy, "lora-from-comfy": lora_from_comfy}[command](source, out, **args)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(*notes, f"wrote {out}", sep="\n")

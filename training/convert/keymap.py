@@ -49,9 +49,6 @@ BLOCK = {
     "ff.conv_depth": ("mlp.depth_conv.conv", 0, 1),
     "ff.conv_point": ("mlp.point_conv.conv", 0, 1),
 }
-FUSED = {
-    native: [module for module, row in BLOCK.items() if row[0] == native] for native, _, parts in BLOCK.values() if parts > 1
-}  # "attn.qkv" -> its diffusers modules, in order of the rows
 
 
 class Native(NamedTuple):
@@ -75,6 +72,19 @@ def native_name(name: str, controlnet: bool = False) -> Native:
     elif module in MODULES:
         return Native(MODULES[module] + leaf, 0, 1)
     raise ValueError(f"{name} has no counterpart in NVlabs' code: wanted a weight of SanaTransformer2DModel or its ControlNet")
+
+
+def diffusers_modules(native: str) -> list[str]:
+    """The modules that a native one holds, in the order of its rows ("….attn.qkv" -> to_q, to_k, to_v); ValueError if unknown."""
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)", native):
+        found = [f"transformer_blocks.{match[1]}.{module}" for module, row in BLOCK.items() if row[0] == match[2]]
+    else:
+        found = [module for module, name in MODULES.items() if name == native]
+        if len(found) > 1:
+            raise ValueError(f"{native} is {' or '.join(found)}, and nothing in the file says which")
+    if not found:
+        raise ValueError(f"{native} is not a module of SANA's transformer in NVlabs' names")
+    return found
 
 
 def to_native(state: dict[str, Tensor], controlnet: bool = False) -> dict[str, Tensor]:

@@ -119,7 +119,10 @@ def differences(found: dict[str, tuple], wanted: dict[str, tuple]) -> list[str]:
 
 def convert(native: dict[str, Tensor], source: str = "the checkpoint", **given) -> tuple[str, dict, dict, dict, list[str]]:
     """kind, config, diffusers state (views), side tensors, notes; `given` as for describe(). Works on the meta device."""
-    kind, config, notes = describe(native, **given)
+    try:
+        kind, config, notes = describe(native, **given)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error} (options of python -m training.convert to-diffusers)") from error
     controlnet = kind == "controlnet"
     state = empty_model(config).state_dict()
     wanted = {k: tuple(v.shape) for k, v in to_native(state, controlnet).items()}
@@ -153,6 +156,15 @@ def build_model(loaded: Loaded) -> torch.nn.Module:
     model = model_class(loaded.config).from_config(config).to(next(iter(loaded.state.values())).dtype)
     model.load_state_dict(loaded.state, strict=True)
     return model
+
+
+def transformer_from_pth(path: Path | str, **given) -> SanaTransformer2DModel:
+    """The transformer of a .pth, ready to train; prints what was found and assumed."""
+    loaded = load_pth(path, **given)
+    if loaded.kind == "controlnet":
+        raise ValueError(f"{path} is a ControlNet, wanted a transformer (its base model, if it is in the file: kind base)")
+    print(*loaded.notes, sep="\n")
+    return build_model(loaded)
 
 
 def to_diffusers(path: Path | str, folder: Path | str, shard_size: str = "5GB", **given) -> Loaded:
