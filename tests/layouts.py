@@ -133,6 +133,20 @@ PUBLISHED_TRANSFORMER_CONFIG = {
 }
 
 
+def build_base_folder(folder: Path | str, seed: int = 0, gemma: bool = True, **transformer_overrides) -> Path:
+    """The published layout of base SANA, written by the stock SanaPipeline: no qk-norm, times 0..1000, no positions, flow scheduler.
+
+    gemma=False: a BERT text encoder instead, whose prompts are short, for tests that train.
+    """
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline
+
+    tokenizer, text_encoder = tiny_gemma(seed) if gemma else tiny_bert(seed)
+    transformer = tiny_transformer(seed, **dict(guidance_embeds=False, qk_norm=None, timestep_scale=1.0) | transformer_overrides)
+    scheduler = DPMSolverMultistepScheduler(flow_shift=3.0, prediction_type="flow_prediction", use_flow_sigmas=True)
+    SanaPipeline(tokenizer, text_encoder, tiny_vae(seed), transformer, scheduler).save_pretrained(folder)
+    return Path(folder)
+
+
 def build_sprint_folder(folder: Path | str, seed: int = 0) -> Path:
     """The published Sprint layout, written by the stock pipeline: Gemma-2, no prompt.json, no controlnet/."""
     small = dict(

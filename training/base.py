@@ -69,7 +69,7 @@ def weight_variant(folder: Path) -> str | None:
 def load_part(folder: Path, model_class: type[ModelMixin], dtype: torch.dtype = torch.float32) -> ModelMixin:
     """One network of a model folder, in `dtype`. ValueError names every tensor that is missing, too many or of another shape."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no {folder.name} at {folder.parent}: wanted config.json and weights in {folder}")
+        raise ValueError(f"no {folder.name} at {folder.parent}: run the stage before, or set base to a model folder that has one")
     variant = weight_variant(folder)
     check_weights(folder, model_class, variant)
     return model_class.from_pretrained(folder, variant=variant, torch_dtype=dtype, local_files_only=True)
