@@ -20,6 +20,7 @@ STAGES = {
     "export": ("training.export", "export_model"),
     "lora": ("training.lora", "train_lora"),
     "finetune": ("training.finetune", "train_finetune"),
+    "swap": ("training.swap", "train_swap"),
 }
 CHAIN = ("autoencoder", "teacher", "controlnet", "student", "decoder", "export")  # what "all" runs, in this order
 
