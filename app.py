@@ -18,22 +18,29 @@ import signal  # noqa: E402
 import threading  # noqa: E402
 
 
-def create(model: str):
-    """The page (gr.Blocks) for a preset name or a model folder; ValueError says what is wrong with it."""
+def create(model: str, lora: str = ""):
+    """The page (gr.Blocks) for a preset name or a model folder, and PATH[:SCALE] of a LoRA adapter; ValueError says what is wrong."""
     from sana_app.presets import find_model
 
     preset = find_model(model)  # a wrong name is refused before anything heavy is imported
+    if lora:
+        from sana_app.model.adapter import adapter_file, parse_adapter
+
+        adapter_file(parse_adapter(lora)[0])  # a wrong path before the model is loaded
     from sana_app.engine import Engine
     from sana_app.ui import build_page
 
-    return build_page(Engine.load(preset))
+    engine = Engine.load(preset, lora=lora)
+    if engine.adapter is not None and engine.adapter.captions:
+        print(f"Adapter {engine.adapter.label}: it was trained on “{'”, “'.join(engine.adapter.captions[:3])}”", flush=True)
+    return build_page(engine)
 
 
 def __getattr__(name: str):
-    """`from app import demo`: built when it is asked for, with the model named by SANA_MODEL."""
+    """`from app import demo`: built when it is asked for, with the model named by SANA_MODEL and the adapter by SANA_LORA."""
     if name != "demo":
         raise AttributeError(f"module 'app' has no attribute {name!r}")
-    globals()["demo"] = create(os.environ.get("SANA_MODEL", "emoji"))
+    globals()["demo"] = create(os.environ.get("SANA_MODEL", "emoji"), os.environ.get("SANA_LORA", ""))
     return globals()["demo"]
 
 
@@ -41,6 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="app.py", description="Draw, and a picture follows your pen.")
     parser.add_argument("--model", default=os.environ.get("SANA_MODEL", "emoji"),
                         help="emoji (shipped), sprint-0.6b, sprint-1.6b, or a model folder (default: %(default)s)")
+    parser.add_argument("--lora", metavar="PATH[:SCALE]", default=os.environ.get("SANA_LORA", ""),
+                        help="a LoRA adapter (.safetensors file or its folder) on top of the model, at this scale (default 1)")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), help="default: %(default)s")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="also open a public gradio.live link")
@@ -59,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        page = create(args.model)
+        page = create(args.model, args.lora)
         _, url, shared = page.launch(server_name=args.host, server_port=args.port, share=args.share, auth=args.auth,
                                      prevent_thread_lock=True, quiet=True)
     except (ValueError, OSError) as error:  # a wrong model, a port in use: one message, no traceback

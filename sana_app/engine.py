@@ -25,6 +25,7 @@ from PIL import Image
 
 from sana_app.lines import condition_from_ink
 from sana_app.model import trigflow
+from sana_app.model.adapter import Adapter, load_adapter, parse_adapter
 from sana_app.model.fast import use_token_convolutions
 from sana_app.model.pipeline import SanaSprintControlNetPipeline
 from sana_app.model.text import LRU, EncodedText, encode_text
@@ -71,6 +72,7 @@ class Engine:
 
     def __init__(self, pipe: SanaSprintControlNetPipeline, name: str, styles: dict[str, str]):
         self.pipe, self.name, self.styles, self.size = pipe, name, styles, pipe.default_size
+        self.adapter: Adapter | None = None
         self.prompts, self.noises, self.conditions, self.frames = LRU(64), LRU(64), LRU(8), LRU(16)
         self.clock = Clock(pipe.device)
         for stage in ("controlnet", "transformer"):
@@ -78,11 +80,11 @@ class Engine:
                 self._time(module, stage)
 
     @classmethod
-    def load(cls, preset: Preset, precision: str = "auto") -> Engine:
+    def load(cls, preset: Preset, precision: str = "auto", lora: str = "") -> Engine:
         """Read the model's weights; a missing, half-written or damaged folder is a ValueError that names the file.
 
         precision: "fp32", "bf16", or "auto" = bf16 where the device multiplies it natively. The text encoder stays in
-        fp32 on the CPU: it runs when the prompt changes, not with every frame.
+        fp32 on the CPU: it runs when the prompt changes, not with every frame. lora: PATH[:SCALE] of an adapter.
         """
         cuda = torch.cuda.is_available()
         if Path(preset.source).is_dir():  # nothing to download, nothing to watch
@@ -95,7 +97,25 @@ class Engine:
         for part in (pipe.transformer, pipe.controlnet):
             if part is not None:
                 use_token_convolutions(part)
-        return cls(pipe, preset.name, preset.styles)
+        engine = cls(pipe, preset.name, preset.styles)
+        if lora:
+            engine.load_adapter(lora)
+        return engine
+
+    def load_adapter(self, wanted: str) -> Adapter:
+        """PATH[:SCALE]: the pictures change, so those made before are forgotten. ValueError: nothing has changed."""
+        self.adapter = load_adapter(self.pipe, *parse_adapter(wanted))
+        self.name = f"{self.name} + {self.adapter.label}"
+        self.frames.clear()
+        return self.adapter
+
+    def unload_adapter(self) -> None:
+        """Back to the model's own pictures, to the last bit."""
+        if self.adapter is not None:
+            self.pipe.unload_lora_weights()
+            self.name = self.name.removesuffix(f" + {self.adapter.label}")
+            self.adapter = None
+            self.frames.clear()
 
     def _time(self, module: torch.nn.Module, stage: str) -> None:
         begun = []
