@@ -103,7 +103,7 @@ def generate(pipe: SanaSprintControlNetPipeline, inks: np.ndarray, prompts: list
         part = slice(start, start + BATCH)
         lines = torch.cat([condition_from_ink(ink, pipe.default_size) for ink in inks[part]]) if scale else None
         out = pipe(prompts[part], lines, scale, steps, generator=[torch.Generator().manual_seed(s) for s in seeds[part]], output_type="pt")
-        made.append(to_uint8(out.images * 2 - 1))
+        made.append(to_uint8(out.images.float() * 2 - 1))
     return np.concatenate(made)
 
 
