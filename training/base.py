@@ -18,7 +18,6 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_utils import ModelMixin
 
-from sana_app.model.controlnet import SanaSprintControlNetModel
 from sana_app.model.folder import CONFIG_FILES, check_weights, move_into_place, read_json
 from training.config import Config
 from training.distributed import barrier, is_main, save_model
@@ -78,11 +77,8 @@ def load_part(folder: Path, model_class: type[ModelMixin], dtype: torch.dtype = 
 def load_transformer(base: str | Path, dtype: torch.dtype = torch.float32) -> SanaTransformer2DModel:
     """The transformer of a model folder, or of an NVlabs .pth, in `dtype`."""
     if Path(base).suffix == ".pth":
-        from training.convert.pth import build_model, load_pth
-        model = build_model(load_pth(base))
-        if not isinstance(model, SanaTransformer2DModel):
-            raise ValueError(f"base={base} holds a ControlNet, wanted a transformer")
-        return model.to(dtype)
+        from training.convert.pth import transformer_from_pth
+        return transformer_from_pth(base).to(dtype)
     return load_part(Path(base) / "transformer", SanaTransformer2DModel, dtype)
 
 
@@ -195,9 +191,10 @@ def components(folder: Path) -> list[str]:
     return [n for n in names if any((folder / n / file).is_file() for file in CONFIG_FILES)]
 
 
-def save_folder(folder: Path, networks: dict[str, torch.nn.Module], rest: str | Path = "", drop: tuple[str, ...] = ()) -> None:
-    """Writes the trained `networks` (component name -> module) into FOLDER, beside the other components of model folder `rest`
-    (not those in `drop`), with its model_index.json: stock diffusers loads FOLDER if it loads `rest`. Every process must call it.
+def save_folder(folder: Path, networks: dict, rest: str | Path = "", drop: tuple[str, ...] = (), index: dict | None = None) -> None:
+    """Writes the trained `networks` (component name -> module, or scheduler) into FOLDER, beside the other components of model folder
+    `rest` (not those in `drop`), with its model_index.json, changed by `index`: stock diffusers loads FOLDER if it loads `rest`.
+    Every process must call it.
 
     All is written beside and then moved into place: an interrupted save leaves no folder that looks whole.
     """
@@ -217,8 +214,8 @@ def save_folder(folder: Path, networks: dict[str, torch.nn.Module], rest: str | 
             if (rest / "prompt.json").exists():
                 shutil.copy2(rest / "prompt.json", new)
             if (rest / "model_index.json").exists():
-                index = {k: v for k, v in read_json(rest / "model_index.json").items() if k not in drop}
-                (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+                kept = {k: v for k, v in read_json(rest / "model_index.json").items() if k not in drop}
+                (new / "model_index.json").write_text(json.dumps(kept | (index or {}), indent=2) + "\n")
         move_into_place(new, folder)
     barrier()
 

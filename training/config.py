@@ -80,7 +80,7 @@ class Config:
     finetune_steps: int = 1000
     finetune_batch: int = 48
     finetune_lr: float = 2e-5
-    controlnet_teacher: str = ""       # student stage: folder with a flow teacher's transformer/ and controlnet/; "" = OUT/controlnet
+    flow_teacher: str = ""             # student stage: folder of its flow teacher; "" = base, if that is one, else what the stage before left in OUT
     student_controlnet: bool = True    # False: distil the text-to-image teacher (base, or OUT/teacher) alone, as published
     # lora
     lora_prompt: str = ""              # caption of the pictures that have none, with a word of its own: "a photo of sks dog"

@@ -15,28 +15,17 @@ from torch import nn
 
 from sana_app.model import trigflow
 from sana_app.model.attention import use_explicit_softmax
-from sana_app.model.controlnet import SanaSprintControlNetModel
-from sana_app.model.convert import sprint_from_teacher
 from sana_app.model.network import TrigFlowTeacher, network_time
 from training.batches import Batch, Corpus
 from training.config import Config
 from training.discriminator import Discriminator
 from training.loop import Draws, Ema, adamw, apply_gradients, autocast, device, maybe_compile, run
 from training.losses import hinge_discriminator, hinge_generator, jvp_of_student, normalised_tangent, scm_loss, scm_tangent
+from training.pair import save_student, start_pair, with_folders
 from training.sampling import guided_F, sample_student
 from training.sheets import contact_sheet
 
 SIGMA_DATA = trigflow.SIGMA_DATA
-
-
-def load_teacher(out: Path) -> TrigFlowTeacher:
-    """The frozen teacher: the transformer and ControlNet of the ControlNet stage."""
-    folder = out / "controlnet"
-    if not (folder / "controlnet").is_dir():
-        raise ValueError(f"no teacher with ControlNet at {folder}: run the controlnet stage first")
-    pair = TrigFlowTeacher(SanaTransformer2DModel.from_pretrained(folder / "transformer"), SanaSprintControlNetModel.from_pretrained(folder / "controlnet"))
-    use_explicit_softmax(pair)
-    return pair.to(device()).requires_grad_(False).eval()
 
 
 class Logvar(nn.Module):
@@ -137,17 +126,19 @@ class Distillation:
 
 
 def train_student(config: Config, out: Path) -> None:
-    """Trains, and writes OUT/student/{transformer,controlnet} with the averaged weights."""
+    """Trains, and writes OUT/student/{transformer,controlnet} with the averaged weights. What is distilled from where: pair.py."""
+    config = with_folders(config, out)
     corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
-    teacher = load_teacher(out)
     torch.manual_seed(config.seed)
-    student = TrigFlowTeacher(sprint_from_teacher(teacher.transformer), sprint_from_teacher(teacher.controlnet)).to(device())
+    teacher, student = (net.to(device()) for net in start_pair(config, out))
+    use_explicit_softmax(teacher)
     use_explicit_softmax(student)
-    student.requires_grad_(True)
-    student.transformer.requires_grad_(config.student_base)
-    logvar = Logvar(32 * config.heads, held_out.latents.images[0].size).to(device())
+    trained = student if config.student_base else student.controlnet
+    width = student.transformer.config.num_attention_heads * student.transformer.config.attention_head_dim
+    logvar = Logvar(width, held_out.latents.images[0].size).to(device())
     disc = Discriminator(teacher, config.disc_blocks).to(device())
-    ema = Ema(student, config.ema)
+    ema = Ema(trained, config.ema)
+    average = ema.module if config.student_base else TrigFlowTeacher(student.transformer, ema.module)
     opt = adamw([([p for p in student.parameters() if p.requires_grad] + list(logvar.parameters()), config.student_lr)], config)
     disc_opt = adamw([(list(disc.parameters()), config.student_disc_lr)], config)
     losses = Distillation(config, teacher, student, disc, logvar)
@@ -162,7 +153,7 @@ def train_student(config: Config, out: Path) -> None:
         numbers |= apply_gradients(disc_opt if step % 2 else opt, step, config.student_steps, config.student_clip, config)
         if step % 2 == 0:
             disc_opt.zero_grad(set_to_none=True)  # the adversarial pass went through the heads
-            ema.update(student, step // 2)
+            ema.update(trained, step // 2)
         return numbers
 
     def preview(step: int, folder: Path) -> dict[str, float]:
@@ -170,12 +161,11 @@ def train_student(config: Config, out: Path) -> None:
         noises = [draws.normal(*batch.x0.shape) for _ in range(4)]
         w = config.guidance[len(config.guidance) // 2]
         with autocast(config):
-            found = [sample_student(ema.module, batch, noises[:n], w) for n in (1, 2, 4)]
+            found = [sample_student(average, batch, noises[:n], w) for n in (1, 2, 4)]
         rows = [held_out.drawings(batch), *(held_out.decode(x).cpu() for x in found), held_out.decode(batch.x0).cpu()]
         contact_sheet(torch.cat(rows), folder / f"preview-{step:06d}.png", 16)
         return {f"distance_{n}step": float((x - batch.x0).abs().mean()) for n, x in zip((1, 2, 4), found)}
 
-    run("student", out, config, config.student_steps, {"student": student, "logvar": logvar, "ema": ema, "opt": opt, "disc": disc, "disc_opt": disc_opt},
+    run("student", out, config, config.student_steps, {"student": trained, "logvar": logvar, "ema": ema, "opt": opt, "disc": disc, "disc_opt": disc_opt},
         train_step, config.student_batch, preview, corpus.pixels.hash)
-    ema.module.transformer.save_pretrained(out / "student" / "transformer")
-    ema.module.controlnet.save_pretrained(out / "student" / "controlnet")
+    save_student(config, out, average)

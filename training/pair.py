@@ -1,0 +1,88 @@
+"""Where a distillation starts: the frozen flow teacher and the one-step student, each with or without a ControlNet.
+
+    student_controlnet  student_base  base           what is distilled
+    true                true          ""             transformer and ControlNet of OUT/controlnet together (the small chain)
+    true                false         Sprint folder  a ControlNet teacher (flow_teacher, or OUT/controlnet) onto that finished student
+    false               true          teacher folder the text-to-image teacher alone (base, or OUT/teacher): SANA-Sprint itself
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from diffusers import SCMScheduler
+
+from sana_app.model.controlnet import SanaSprintControlNetModel
+from sana_app.model.convert import sprint_from_teacher
+from sana_app.model.folder import read_json
+from sana_app.model.network import TrigFlowTeacher
+from training.base import frozen_dtype, load_part, load_transformer, save_folder, with_base
+from training.config import Config
+
+SHARED_KEYS = ("in_channels", "caption_channels", "patch_size", "num_attention_heads", "attention_head_dim")
+
+
+def is_sprint(folder: Path) -> bool:
+    return bool(read_json(folder / "transformer" / "config.json").get("guidance_embeds"))
+
+
+def find_folders(config: Config, out: Path) -> tuple[Path, Path | None]:
+    """(flow teacher's folder, finished Sprint folder or None). ValueError says which of them is missing."""
+    base = Path(with_base(config, out).base) if config.base else None
+    sprint = base if base is not None and is_sprint(base) else None
+    previous = "controlnet" if config.student_controlnet else "teacher"
+    teacher = Path(config.flow_teacher) if config.flow_teacher else base if base is not None and sprint is None else out / previous
+    for part in ("transformer", "controlnet")[:1 + config.student_controlnet]:
+        if not (teacher / part / "config.json").is_file():
+            raise ValueError(f"no flow teacher with {part}/ at {teacher}: run the {previous} stage first, or set flow_teacher to a folder with one")
+    if is_sprint(teacher):
+        raise ValueError(f"the flow teacher at {teacher} embeds the guidance scale: it is a Sprint model already")
+    if sprint is None and not config.student_base:
+        raise ValueError("student_base=false trains a ControlNet on a finished student: set base to a Sprint model folder")
+    return teacher, sprint
+
+
+def with_folders(config: Config, out: Path) -> Config:
+    """`config` with `vae` and `text_encoder` of the Sprint folder, or of the teacher's."""
+    teacher, sprint = find_folders(config, out)
+    return with_base(dataclasses.replace(config, base=str(sprint or teacher)), out)
+
+
+def start_pair(config: Config, out: Path) -> tuple[TrigFlowTeacher, TrigFlowTeacher]:
+    """(frozen teacher, student). The student starts as the Sprint folder's transformer, else as the teacher in Sprint form; its
+    ControlNet as the teacher's in Sprint form, which only teachers with times in [0, 1] have, else as a fresh copy of the student."""
+    teacher_at, sprint_at = find_folders(config, out)
+    teacher = TrigFlowTeacher(load_transformer(teacher_at))
+    if config.student_controlnet:
+        teacher.controlnet = load_part(teacher_at / "controlnet", SanaSprintControlNetModel)
+    transformer = load_transformer(sprint_at) if sprint_at else sprint_from_teacher(teacher.transformer)
+    other = [f"{k} {transformer.config[k]}, not {teacher.transformer.config[k]}" for k in SHARED_KEYS if transformer.config[k] != teacher.transformer.config[k]]
+    if other:
+        raise ValueError(f"the student at {sprint_at} is of another shape than its teacher at {teacher_at}: {'; '.join(other)}")
+    student = TrigFlowTeacher(transformer)
+    if config.student_controlnet:
+        if 1000 * teacher.controlnet.config.timestep_scale == 1:
+            student.controlnet = sprint_from_teacher(teacher.controlnet)
+        else:
+            student.controlnet = SanaSprintControlNetModel.from_transformer(transformer, teacher.controlnet.config.num_layers)
+            print(f"the ControlNet at {teacher_at} is of base SANA, whose times are 0..1000: the student's starts as a copy of the student's first "
+                  "blocks with its zero layers at zero, not from its weights. A ControlNet trained on a teacher gives it a better start")
+    student.requires_grad_(True)
+    student.transformer.requires_grad_(config.student_base)
+    return teacher.to(frozen_dtype(config)).requires_grad_(False).eval(), student
+
+
+def save_student(config: Config, out: Path, average: TrigFlowTeacher) -> None:
+    """Writes OUT/student: what was trained, beside the other parts of the Sprint folder or of the teacher's: if that is a whole model
+    folder, so is this, for the app and for the stock SanaSprintPipeline."""
+    teacher_at, sprint_at = find_folders(config, out)
+    networks, index = {}, {}
+    if config.student_base:
+        networks["transformer"] = average.transformer
+    if average.controlnet is not None:
+        networks["controlnet"] = average.controlnet
+    if sprint_at is None and (teacher_at / "model_index.json").exists():
+        networks["scheduler"] = SCMScheduler()
+        index = {"_class_name": "SanaSprintPipeline", "scheduler": ["diffusers", "SCMScheduler"]}
+    save_folder(out / "student", networks, sprint_at or teacher_at, drop=("controlnet",), index=index)
