@@ -16,6 +16,7 @@ import torch
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.controlnet import SanaSprintControlNetModel
 from sana_app.model.network import TrigFlowTeacher, predict_flow
+from training import monitor
 from training.base import check_fits, frozen_dtype, load_transformer, refuse_sprint, save_folder, with_base
 from training.batches import Corpus
 from training.config import Config
@@ -101,7 +102,7 @@ def train_controlnet(config: Config, out: Path) -> None:
         others = lambda x_s, s, b: predict_flow(average.transformer, x_s, s, b.text, b.mask, None, average.controlnet, b.cond.roll(1, 0))
         without = lambda x_s, s, b: predict_flow(average.transformer, x_s, s, b.text, b.mask)
         return {"val_loss": validation_loss(predict, held_out, config), "val_loss_off": validation_loss(without, held_out, config),
-                "val_loss_other": validation_loss(others, held_out, config)}
+                "val_loss_other": validation_loss(others, held_out, config), **monitor.check(folder, held_out, latents, config.latent_band)}
 
     parts = {"pair" if joint else "controlnet": trained, **({"ema": ema} if ema else {}), "opt": opt}
     run("controlnet", out, config, config.controlnet_steps, parts, train_step, config.controlnet_batch, preview, corpus.pixels.hash)

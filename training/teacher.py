@@ -12,6 +12,7 @@ from diffusers import SanaTransformer2DModel
 
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.network import TrigFlowTeacher, predict_flow
+from training import monitor
 from training.base import check_fits, load_transformer, report_changes, save_folder, set_latent_size, teacher_from_base, with_base
 from training.batches import Corpus
 from training.config import Config
@@ -90,7 +91,7 @@ def train_flow(name: str, model: SanaTransformer2DModel, config: Config, out: Pa
             latents = sample_teacher(TrigFlowTeacher(average), batch, Draws(7, 0).normal(*batch.x0.shape), 16, 3.0)
         contact_sheet(torch.cat([held_out.decode(latents), held_out.decode(batch.x0)]), folder / f"preview-{step:06d}.png", 16)
         predict = lambda x_s, s, b: predict_flow(average, x_s, s, b.text, b.mask)
-        return {"val_loss": validation_loss(predict, held_out, config)}
+        return {"val_loss": validation_loss(predict, held_out, config), **monitor.check(folder, held_out, latents, config.latent_band)}
 
     parts = {"model": model, **({"ema": ema} if ema else {}), "opt": opt}
     run(name, out, config, steps, parts, train_step, batch_size, preview, corpus.pixels.hash)
