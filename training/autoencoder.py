@@ -17,7 +17,8 @@ from torch import nn
 
 from training.config import Config
 from training.data.cache import Pixels, pixel_cache
-from training.loop import Draws, Ema, adamw, apply_gradients, autocast, device, maybe_compile, run
+from training.distributed import main_first, refuse_fsdp, save_model, std
+from training.loop import Draws, Ema, apply_gradients, autocast, device, local_batch, make_optimizer, maybe_compile, run
 from training.sheets import contact_sheet
 
 
@@ -60,13 +61,13 @@ class PatchDiscriminator(nn.Module):
 
 
 def picture_batch(pixels: Pixels, config: Config, step: int, draws: Draws) -> torch.Tensor:
-    """Random pictures and drawings of one step, cropped in the first part of the training -> [B, 3, s, s] in [-1, 1]."""
+    """Random pictures and drawings of one micro-batch, cropped in the first part of the training -> [B, 3, s, s] in [-1, 1]."""
     cropped = step < config.ae_crop_share * config.ae_steps
     size = config.ae_crop_px if cropped else config.size_px
-    count = config.ae_batch * (config.size_px // size) ** 2
+    count = local_batch(config.ae_batch, config) * (config.size_px // size) ** 2
     rng = draws.numpy
     rows = []
-    for _ in range(count):
+    for _ in range(count * draws.world):  # all processes draw the whole batch's numbers, and keep their own rows
         if rng.random() < config.ae_lines_share:
             picture = np.repeat(pixels.inks[rng.integers(len(pixels.inks))][..., None], 3, 2)
         else:
@@ -74,7 +75,7 @@ def picture_batch(pixels: Pixels, config: Config, step: int, draws: Draws) -> to
         top, left = rng.integers(0, config.size_px - size + 1, 2)
         picture = picture[top:top + size, left:left + size]
         rows.append(picture[:, ::-1] if rng.random() < 0.5 else picture)
-    return torch.from_numpy(np.stack(rows)).to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(rows[draws.mine(count)])).to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def psnr_db(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -85,42 +86,44 @@ def psnr_db(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def train_autoencoder(config: Config, out: Path) -> None:
     """Trains, and writes OUT/autoencoder/vae with the averaged weights and the measured scaling factor."""
-    pixels = pixel_cache(config.data, "train", config.size_px, out / "cache")
-    held_out = pixel_cache(config.data, "val", config.size_px, out / "cache")
+    with main_first():
+        pixels = pixel_cache(config.data, "train", config.size_px, out / "cache")
+        held_out = pixel_cache(config.data, "val", config.size_px, out / "cache")
+    refuse_fsdp(config, "the autoencoder is small")
     torch.manual_seed(config.seed)
     vae = build_autoencoder(config).to(device())
     ema = Ema(vae, config.ema)
-    opt = adamw([(list(vae.parameters()), config.ae_lr)], config)
+    opt = make_optimizer([(list(vae.parameters()), config.ae_lr)], config)
     disc = PatchDiscriminator().to(device())
-    disc_opt = adamw([(list(disc.parameters()), 0.2 * config.ae_lr)], config)
+    disc_opt = make_optimizer([(list(disc.parameters()), 0.2 * config.ae_lr)], config)
 
     def reconstruct(x: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         with autocast(config):
             z = vae.encode(x, return_dict=False)[0]
-            z = z + config.ae_latent_noise * z.detach().std() * noise
+            z = z + config.ae_latent_noise * std(z) * noise
             return vae.decode(z, return_dict=False)[0].float()
 
     reconstruct = maybe_compile(config.compile, reconstruct)
     ratio = 2 ** (len(config.ae_channels) - 1)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
-        x = picture_batch(pixels, config, step, draws)
-        noise = draws.normal(x.shape[0], config.ae_latent_channels, x.shape[2] // ratio, x.shape[3] // ratio)
         adversarial = config.ae_adv_weight > 0 and step >= config.ae_adv_start * config.ae_steps
-        numbers, parts = {"l1": 0.0, "loss": 0.0}, config.micro_batches
-        for part, part_noise in zip(x.chunk(parts), noise.chunk(parts)):
-            y = reconstruct(part, part_noise)
-            loss = reconstruction_loss(y, part).mean()
+        numbers = {"l1": 0.0, "loss": 0.0}
+        for draws in draws.parts(config.micro_batches):
+            x = picture_batch(pixels, config, step, draws)
+            noise = draws.normal(x.shape[0], config.ae_latent_channels, x.shape[2] // ratio, x.shape[3] // ratio)
+            y = reconstruct(x, noise)
+            loss = reconstruction_loss(y, x).mean()
             total = loss - config.ae_adv_weight * disc(y).mean() if adversarial else loss
-            (total / parts).backward()
-            numbers["l1"] += (y - part).abs().mean().item() / parts
-            numbers["loss"] += loss.item() / parts
-        numbers |= apply_gradients(opt, step, config.ae_steps, 1.0, config)
+            (total / config.micro_batches).backward()
+            numbers["l1"] += (y - x).abs().mean().item() / config.micro_batches
+            numbers["loss"] += loss.item() / config.micro_batches
+        numbers |= apply_gradients(opt, step, config.ae_steps, 1.0, config, numbers["loss"])
         if adversarial:
             disc_opt.zero_grad(set_to_none=True)  # the generator's pass left gradients here
-            hinge = F.relu(1 - disc(part)).mean() + F.relu(1 + disc(y.detach())).mean()
+            hinge = F.relu(1 - disc(x)).mean() + F.relu(1 + disc(y.detach())).mean()
             hinge.backward()
-            skipped = apply_gradients(disc_opt, step, config.ae_steps, 1.0, config)["skipped"]
+            skipped = apply_gradients(disc_opt, step, config.ae_steps, 1.0, config, hinge.item())["skipped"]
             numbers |= {"disc_loss": hinge.item(), "skipped": max(numbers["skipped"], skipped)}
         ema.update(vae, step)
         return numbers
@@ -141,7 +144,7 @@ def train_autoencoder(config: Config, out: Path) -> None:
         train_step, config.ae_batch, preview, pixels.hash)
     vae = ema.module
     vae.register_to_config(scaling_factor=measure_scaling_factor(vae, pixels, config))
-    vae.save_pretrained(out / "autoencoder" / "vae")
+    save_model(vae, out / "autoencoder" / "vae")
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import torch
 from training.autoencoder import psnr_db, reconstruction_loss
 from training.batches import Corpus
 from training.config import Config
-from training.loop import Draws, Ema, adamw, apply_gradients, autocast, maybe_compile, run
+from training.distributed import refuse_fsdp, save_model
+from training.loop import Draws, Ema, apply_gradients, autocast, local_batch, make_optimizer, maybe_compile, run
 from training.sheets import contact_sheet
 
 
@@ -26,10 +27,11 @@ def pictures(corpus: Corpus, rows: np.ndarray, like: torch.Tensor) -> torch.Tens
 def train_decoder(config: Config, out: Path) -> None:
     """Trains, and writes OUT/decoder/vae: the same encoder, the better decoder (averaged weights)."""
     corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
+    refuse_fsdp(config, "the decoder is small")
     vae, factor = corpus.vae, corpus.vae.config.scaling_factor
     vae.encoder.requires_grad_(False)
     ema = Ema(vae.decoder, config.ema)
-    opt = adamw([(list(vae.decoder.parameters()), config.decoder_lr)], config)
+    opt = make_optimizer([(list(vae.decoder.parameters()), config.decoder_lr)], config)
 
     def loss_of(latent: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         with autocast(config):
@@ -39,13 +41,16 @@ def train_decoder(config: Config, out: Path) -> None:
     loss_of = maybe_compile(config.compile, loss_of)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
-        batch = corpus.draw(config.ae_batch, draws)
-        latent = batch.x0 + config.ae_latent_noise * draws.normal(*batch.x0.shape)
-        loss = loss_of(latent, pictures(corpus, batch.rows, latent))
-        loss.backward()
-        numbers = apply_gradients(opt, step, config.decoder_steps, 1.0, config)
+        total = 0.0
+        for part in draws.parts(config.micro_batches):
+            batch = corpus.draw(local_batch(config.ae_batch, config), part)
+            latent = batch.x0 + config.ae_latent_noise * part.normal(*batch.x0.shape)
+            loss = loss_of(latent, pictures(corpus, batch.rows, latent)) / config.micro_batches
+            loss.backward()
+            total += loss.item()
+        numbers = apply_gradients(opt, step, config.decoder_steps, 1.0, config, total)
         ema.update(vae.decoder, step)
-        return {"loss": loss.item(), **numbers}
+        return {"loss": total, **numbers}
 
     @torch.no_grad()
     def preview(step: int, folder: Path) -> dict[str, float]:
@@ -58,4 +63,4 @@ def train_decoder(config: Config, out: Path) -> None:
 
     run("decoder", out, config, config.decoder_steps, {"decoder": vae.decoder, "ema": ema, "opt": opt}, train_step, config.ae_batch, preview, corpus.pixels.hash)
     vae.decoder.load_state_dict(ema.module.state_dict())
-    vae.save_pretrained(out / "decoder" / "vae")
+    save_model(vae, out / "decoder" / "vae")

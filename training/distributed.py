@@ -39,6 +39,12 @@ def start() -> None:
         PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)  # sets this process's GPU as the current one
 
 
+def finish() -> None:
+    """Leaves the other processes in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -81,7 +87,7 @@ def mean_numbers(numbers: dict[str, float]) -> dict[str, float]:
     """Each number's mean over the processes. Every process must pass the same names."""
     if world() == 1:
         return numbers
-    found = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64 if device().type == "cpu" else torch.float32, device=device())
+    found = torch.tensor([float(v) for v in numbers.values()], dtype=torch.float64, device=device())
     dist.all_reduce(found)
     return dict(zip(numbers, (found / world()).tolist()))
 
@@ -141,9 +147,9 @@ def shard_model(module: torch.nn.Module, config) -> torch.nn.Module:
     """Shards `module` in place over the processes where `config.fsdp` asks for it: every transformer block, then the rest.
 
     `module` is a transformer, a ControlNet, or a pair of them. Call it after `Ema(module, ...)` (a sharded network cannot be
-    copied) and before the optimiser; shard `ema.module` too. Returns `module`. With one process nothing happens.
+    copied) and before the optimiser; shard `ema.module` too. Returns `module`. With one process, or in a dry run, nothing happens.
     """
-    if not config.fsdp or world() == 1:
+    if not config.fsdp or world() == 1 or config.dry_run:
         return module
     copy_from_main(module)
     mesh = init_device_mesh(device().type, (world(),))

@@ -6,25 +6,28 @@ was killed and started again goes through the very same numbers as one that neve
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
+import math
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from training.config import Config
-from training.distributed import device, rank, world
-from training.optim import adamw, apply_gradients, learning_rate  # noqa: F401  (stages take them from here)
+from training.distributed import agreed, barrier, copy_from_main, device, is_main, is_sharded, mean_numbers, rank, world
+from training.dry_run import look
+from training.memory import is_out_of_memory, out_of_memory_message, peak_gib
+from training.optim import Ema, adamw, apply_gradients, layer_groups, learning_rate, make_optimizer  # noqa: F401  (stages take them from here)
+from training.tracker import open_tracker
 
 MAX_BAD_STEPS = 10
 
@@ -81,71 +84,101 @@ def local_batch(batch: int, config: Config) -> int:
     return count
 
 
-class Ema(torch.nn.Module):
-    """Averaged copy of a module's weights. The decay is ramped up, so that the random start is soon forgotten."""
-
-    def __init__(self, module: torch.nn.Module, decay: float):
-        super().__init__()
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, module: torch.nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        mine, theirs = list(self.module.parameters()), [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
-
-
 def code_version() -> str:
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return found.stdout.strip() or "unknown"
 
 
+class Tally:
+    """Counts of a run that go into its checkpoints."""
+
+    def __init__(self):
+        self.skipped = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped = state["skipped"]
+
+
 def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_step: Callable[[int, Draws], dict[str, float]],
         images_per_step: int, preview: Callable[[int, Path], dict[str, float]] | None = None, data_hash: str = "") -> None:
-    """Runs `train_step` up to `steps`, resuming from what OUT/NAME holds.
+    """Runs `train_step` up to `steps`, resuming from what OUT/NAME holds. A dry run looks at one step and raises `Looked`.
 
     `parts` (name -> object with state_dict) is all that changes: weights, averages, optimisers.
-    `preview(step, folder)` writes contact sheets and returns validation numbers.
+    `preview(step, folder)` writes contact sheets and returns validation numbers; it runs in the main process, and with FSDP2 in
+    all of them, the others with a folder that is thrown away.
+    `images_per_step` counts those of all processes.
     """
-    folder = out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"config": dataclasses.asdict(config), "code": code_version(), "data": data_hash}
-    (folder / "run.json").write_text(json.dumps(about, indent=1))
-    start = load_checkpoint(folder / "checkpoints", parts)
+    if config.dry_run:
+        look(name, out, config, steps, parts, train_step, Draws(config.seed, 0, rank(), world()), images_per_step)
+    folder, tally = out / name, Tally()
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"config": dataclasses.asdict(config), "code": code_version(), "data": data_hash, "processes": world()}
+        write_atomic(folder / "run.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            copy_from_main(part)
+    parts = {**parts, "tally": tally}
+    start = load_checkpoint(folder / "checkpoints", parts, optional=("tally",))
+    if agreed(mean_numbers({"start": start})["start"] != start):
+        raise ValueError(f"{name}: the processes found different checkpoints (this one's: step {start}): --out must lie on a file system that all of them see")
     if start >= steps:
         print(f"{name}: already at step {start} of {steps}")
         return
-    board = SummaryWriter(str(out / "tensorboard" / name), purge_step=start)
-    stop = []
+    log, close = open_tracker(name, out, config, start)
+    stop: list[bool] = []
     old_handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
-    saved, bad = time.monotonic(), 0
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2, dynamic_ncols=True)
+    saved, bad, shown = time.monotonic(), 0, {}
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2, dynamic_ncols=True, disable=not is_main())
+    step = start
     try:
         for step in bar:
             tick = time.monotonic()
             numbers = train_step(step, Draws(config.seed, step, rank(), world()))
             numbers["images_per_s"] = images_per_step / (time.monotonic() - tick)
-            bad = bad + 1 if numbers.get("skipped") else 0
+            is_bad = bool(numbers.get("skipped")) or not all(map(math.isfinite, numbers.values()))
+            bad, tally.skipped = bad + 1 if is_bad else 0, tally.skipped + is_bad
             if bad >= MAX_BAD_STEPS:
-                raise FloatingPointError(f"{name}: {bad} steps in a row without a finite gradient, stopped at step {step}. "
+                raise FloatingPointError(f"{name}: {bad} steps in a row without a finite loss and gradient, stopped at step {step} ({tally.skipped} skipped in all). "
                                          f"The last good checkpoint is in {folder / 'checkpoints'}; lower the learning rate or use precision=fp32.")
-            if step % 10 == 0:
-                bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items() if k != "skipped"}, refresh=False)
-                for key, value in numbers.items():
-                    board.add_scalar(key, value, step)
+            if step % 10 < 2:  # two in a row: a student and its discriminator take turns
+                shown |= mean_numbers(numbers | {"skipped": float(tally.skipped), "peak_gib": peak_gib()})
+                bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+                log(shown, step)
             last = step + 1 == steps
-            if stop or last or time.monotonic() - saved > config.save_minutes * 60:
+            # one question a step, so that all processes stop, and save, at the same one
+            save = last or agreed(bool(stop) or is_main() and time.monotonic() - saved > config.save_minutes * 60)
+            if save:
                 save_checkpoint(folder / "checkpoints", step + 1, parts)
                 saved = time.monotonic()
             if preview is not None and (last or config.preview_steps and (step + 1) % config.preview_steps == 0):
-                found = preview(step + 1, folder)
-                for key, value in found.items():
-                    board.add_scalar(f"val/{key}", value, step + 1)
-                tqdm.write(f"{name} {step + 1}: " + "  ".join(f"{k} {v:.4g}" for k, v in {**numbers, **found}.items()))
-            if stop:
+                found = show(preview, step + 1, folder, parts)
+                log({f"val/{key}": value for key, value in found.items()}, step + 1)
+                if is_main():
+                    tqdm.write(f"{name} {step + 1}: " + "  ".join(f"{k} {v:.4g}" for k, v in {**numbers, **found}.items()))
+            if save and agreed(bool(stop)):
                 raise SystemExit(f"{name}: stopped at step {step + 1} of {steps}; run the same command to go on")
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        bar.close()
+        raise MemoryError(out_of_memory_message(name, config, images_per_step, parts, train_step, step, Draws(config.seed, step, rank(), world()))) from error
     finally:
-        board.close()
+        close()
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
+
+
+def show(preview: Callable[[int, Path], dict[str, float]], step: int, folder: Path, parts: dict) -> dict[str, float]:
+    """The validation numbers of `preview`: from the main process, which alone writes into `folder`."""
+    found: dict[str, float] = {}
+    if is_main():
+        found = preview(step, folder)
+    elif any(is_sharded(part) for part in parts.values()):  # a sharded network runs in all processes or in none
+        with tempfile.TemporaryDirectory() as scratch:
+            preview(step, Path(scratch))
+    barrier()
+    return found

@@ -1,7 +1,8 @@
-"""Optimisers, layer-wise learning rates, and the one place where gradients become a step."""
+"""Optimisers, layer-wise learning rates, averaged weights, and the one place where gradients become a step."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from training.config import Config
-from training.distributed import agreed, average_gradients, local, shard_rows
+from training.distributed import agreed, average_gradients, is_sharded, local, shard_rows
 
 OPTIMIZERS = ("adamw", "adamw8bit", "came")
 
@@ -34,6 +35,25 @@ def layer_groups(module: nn.Module, lr: float, config: Config) -> list[tuple[lis
         if p.requires_grad:
             groups[kind].append(p)
     return [(params, lr * multipliers[kind]) for kind, params in groups.items() if params]
+
+
+class Ema(torch.nn.Module):
+    """Averaged copy of a module's weights. The decay is ramped up, so that the random start is soon forgotten.
+
+    Make it before the module is sharded, then shard `ema.module` too.
+    """
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        super().__init__()
+        assert not is_sharded(module), "make the Ema first: a sharded module cannot be copied"
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        mine, theirs = [local(p.detach()) for p in self.module.parameters()], [local(p.detach()) for p in module.parameters()]
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
 
 
 def adamw(groups: list[tuple[list, float]], config: Config) -> torch.optim.AdamW:

@@ -19,7 +19,8 @@ from sana_app.model.network import TrigFlowTeacher, network_time
 from training.batches import Batch, Corpus
 from training.config import Config
 from training.discriminator import Discriminator
-from training.loop import Draws, Ema, adamw, apply_gradients, autocast, device, maybe_compile, run
+from training.distributed import refuse_fsdp, save_model
+from training.loop import Draws, Ema, apply_gradients, autocast, device, layer_groups, local_batch, make_optimizer, maybe_compile, run
 from training.losses import hinge_discriminator, hinge_generator, jvp_of_student, normalised_tangent, scm_loss, scm_tangent
 from training.pair import save_student, start_pair, with_folders
 from training.sampling import guided_F, sample_student
@@ -95,8 +96,8 @@ class Distillation:
         return hinge_discriminator(on_real, on_fake).mean(), (on_real.mean() - on_fake.mean()).detach()
 
     def backward(self, step: int, draws: Draws, corpus: Corpus) -> dict[str, float]:
-        """Gradients of one micro-batch: of the student at even steps, of the discriminator at odd ones."""
-        config, count = self.config, self.config.student_batch // self.config.micro_batches
+        """Gradients of one micro-batch, `draws` its own: of the student at even steps, of the discriminator at odd ones."""
+        config, count = self.config, local_batch(self.config.student_batch, self.config)
         batch = corpus.draw(count, draws)
         x0, z = batch.x0 * SIGMA_DATA, draws.normal(*batch.x0.shape) * SIGMA_DATA
         t = trigflow.t_from_normal(draws.normal(count), config.scm_mean, config.scm_std)
@@ -139,18 +140,21 @@ def train_student(config: Config, out: Path) -> None:
     disc = Discriminator(teacher, config.disc_blocks).to(device())
     ema = Ema(trained, config.ema)
     average = ema.module if config.student_base else TrigFlowTeacher(student.transformer, ema.module)
-    opt = adamw([([p for p in student.parameters() if p.requires_grad] + list(logvar.parameters()), config.student_lr)], config)
-    disc_opt = adamw([(list(disc.parameters()), config.student_disc_lr)], config)
+    groups = layer_groups(student, config.student_lr, config)
+    groups[-1][0].extend(logvar.parameters())
+    opt = make_optimizer(groups, config)
+    disc_opt = make_optimizer([(list(disc.parameters()), config.student_disc_lr)], config)
     losses = Distillation(config, teacher, student, disc, logvar)
     for name in ("consistency", "adversarial", "discriminate"):
         setattr(losses, name, maybe_compile(config.compile_denoiser, getattr(losses, name)))
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
         numbers: dict[str, float] = {}
-        for _ in range(config.micro_batches):
-            for key, value in losses.backward(step, draws, corpus).items():
+        for part in draws.parts(config.micro_batches):
+            for key, value in losses.backward(step, part, corpus).items():
                 numbers[key] = numbers.get(key, 0.0) + value / config.micro_batches
-        numbers |= apply_gradients(disc_opt if step % 2 else opt, step, config.student_steps, config.student_clip, config)
+        total = sum(numbers.values())  # finite if all are
+        numbers |= apply_gradients(disc_opt if step % 2 else opt, step, config.student_steps, config.student_clip, config, total)
         if step % 2 == 0:
             disc_opt.zero_grad(set_to_none=True)  # the adversarial pass went through the heads
             ema.update(trained, step // 2)
