@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SanaPipeline, SanaTransformer2DModel
-from layouts import build_base_folder, build_sprint_folder, tiny_transformer
+from diffusers import SanaPipeline, SanaSprintPipeline
+from layouts import build_base_folder, tiny_transformer
 
 from sana_app.model import trigflow
 from sana_app.model.controlnet import SanaSprintControlNetModel
+from sana_app.model.convert import sprint_from_teacher
 from sana_app.model.network import TrigFlowTeacher, predict_flow
+from sana_app.model.pipeline import SanaSprintControlNetPipeline
 from sana_app.model.scheduler import TrigFlowScheduler
 from training import base as base_module
 from training.base import components, link_or_copy, load_transformer, save_folder, set_latent_size, teacher_from_base, tile, with_base
@@ -19,6 +21,8 @@ from training.batches import Corpus
 from training.config import Config
 from training.controlnet import build_pair, train_controlnet
 from training.flow import flow_loss, flow_path, resolution_shift
+from training.pair import find_folders, start_pair
+from training.student import train_student
 from training.teacher import train_teacher
 
 SAMPLE = str(Path(__file__).parent.parent / "assets" / "sample")
@@ -272,3 +276,61 @@ def test_a_sprint_model_is_no_base_for_the_flow_loss(tmp_path):
     tiny_transformer().save_pretrained(tmp_path / "transformer")
     with pytest.raises(ValueError, match="distil with the student stage"):
         build_pair(Config(), tmp_path)
+
+
+# ---- one step --------------------------------------------------------------------------------------------------------
+
+STUDENT = SMALL | dict(student_batch=4, student_steps=4, disc_blocks=(0, 2), scm_warmup=1)
+
+
+@pytest.fixture(scope="module")
+def sprint(base, teacher, tmp_path_factory) -> Path:
+    """A Sprint folder distilled for a moment from the teacher, text to image."""
+    out = tmp_path_factory.mktemp("sprint")
+    train_student(Config(base=str(teacher / "teacher"), student_controlnet=False, **STUDENT), out)
+    return out / "student"
+
+
+def test_sprint_itself_is_distilled_from_a_teacher_folder(sprint):
+    pipe = SanaSprintPipeline.from_pretrained(sprint)
+    assert type(pipe.scheduler).__name__ == "SCMScheduler" and pipe.transformer.config.guidance_embeds
+    assert not (sprint / "controlnet").exists()
+    picture = pipe(prompt="a red apple", height=32, width=32, num_inference_steps=1, intermediate_timesteps=None, output_type="pt",
+                   complex_human_instruction=None, use_resolution_binning=False, generator=torch.Generator().manual_seed(0)).images
+    assert picture.shape == (1, 3, 32, 32) and torch.isfinite(picture).all()
+
+
+def test_a_controlnet_is_distilled_onto_a_finished_student_that_keeps_every_bit(sprint, controlled, tmp_path):
+    train_student(Config(base=str(sprint), flow_teacher=str(controlled / "controlnet"), condition="canny", student_base=False, **STUDENT), tmp_path)
+    assert same(state(load_transformer(tmp_path / "student")), load_transformer(sprint).state_dict())
+    pipe = SanaSprintControlNetPipeline.from_pretrained(tmp_path / "student")
+    trained = state(pipe.controlnet)
+    start = sprint_from_teacher(SanaSprintControlNetModel.from_pretrained(controlled / "controlnet" / "controlnet"))
+    assert trained.keys() == start.state_dict().keys() and not same(trained, start.state_dict())
+    picture = pipe(prompt="a red apple", control_image=torch.zeros(1, 3, 32, 32), seed=1, output_type="pt").images
+    assert picture.shape == (1, 3, 32, 32) and torch.isfinite(picture).all()
+
+
+def test_a_controlnet_of_base_sana_gives_the_student_a_fresh_copy(sprint, base, tmp_path, capsys):
+    pair = build_pair(Config(controlnet_layers=2), base)
+    save_folder(tmp_path / "controlnet", {"controlnet": pair.controlnet}, base)
+    teacher, student = start_pair(Config(base=str(sprint), student_base=False, precision="fp32"), tmp_path)
+    assert "is of base SANA" in capsys.readouterr().out and student.controlnet.config.timestep_scale == 0.001
+    assert torch.equal(student.controlnet.transformer_blocks[1].attn1.to_q.weight, student.transformer.transformer_blocks[1].attn1.to_q.weight)
+    assert not student.controlnet.controlnet_blocks[0].weight.any()
+    assert not any(p.requires_grad for p in [*teacher.parameters(), *student.transformer.parameters()])
+
+
+def test_folders_that_do_not_belong_together_are_refused(sprint, controlled, base, tmp_path):
+    with pytest.raises(ValueError, match="set base to a Sprint model folder"):
+        find_folders(Config(student_base=False, flow_teacher=str(controlled / "controlnet")), tmp_path)
+    with pytest.raises(ValueError, match="run the controlnet stage first"):
+        find_folders(Config(), tmp_path)
+    with pytest.raises(ValueError, match="is a Sprint model already"):
+        find_folders(Config(flow_teacher=str(sprint), student_controlnet=False), tmp_path)
+    with pytest.raises(ValueError, match="timestep_scale is 1.0"):
+        start_pair(Config(base=str(base), student_controlnet=False), tmp_path)
+    wide = tiny_transformer(num_attention_heads=4, cross_attention_dim=64, num_cross_attention_heads=4)
+    save_folder(tmp_path / "wide", {"transformer": wide}, sprint)
+    with pytest.raises(ValueError, match="num_attention_heads 4, not 2"):
+        start_pair(Config(base=str(tmp_path / "wide"), flow_teacher=str(controlled / "controlnet"), student_base=False), tmp_path)
