@@ -27,9 +27,9 @@ from training.checkpoint import write_atomic
 from training.convert.keymap import diffusers_modules, native_name
 
 PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-KEY = re.compile(r"(?:transformer\.|base_model\.model\.)?(.+?)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
+KEY = re.compile(r"(?!diffusion_model\.)(?:transformer\.|base_model\.model\.)?(.+?)\.(?:(lora_A|lora_down|lora_B|lora_up)(?:\.default)?\.weight|(alpha))")
 COMFY_KEY = re.compile(r"diffusion_model\.(.+?)\.(?:(lora_A|lora_down|lora_B|lora_up)\.weight|(alpha))")
-PARTS_KEY = "sana_parts"           # in the header of an exported file: native module -> [[diffusers module, rank, dtype], …]
+PARTS_KEY = "sana_parts"           # in the header of an exported file: native module -> [[diffusers module, rank, alpha, dtype], …]
 KEPT_SETTINGS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64, torch.float64: torch.float64}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WIDER}
@@ -83,7 +83,8 @@ def unfuse(pair: Pair, ranks: list[int | None], scales: list[float | None], dtyp
             parts.append(None)
             continue
         columns = slice(column, column := column + rank)
-        up, scale = pair.up[i * height : (i + 1) * height, columns], scales[i] or pair.scale
+        up = pair.up[i * height : (i + 1) * height, columns]
+        scale = scales[i] or pair.scale
         if not math.isclose(scale, pair.scale, rel_tol=1e-6):
             up = up.to(WIDER[up.dtype]) * (pair.scale / scale)
         parts.append(Pair(pair.down[columns].clone(), up.to(dtypes[i] or pair.up.dtype).contiguous(), scale * rank))
@@ -144,6 +145,8 @@ def pairs_of(tensors: dict[str, Tensor], key: re.Pattern, file: Path) -> dict[st
         absent = {"down", "up"} - pair.keys()
         if absent:
             raise ValueError(f"{file}: {module} has no lora_{absent.pop()}: the pair is incomplete")
+        if "alpha" in pair and pair["alpha"].numel() != 1:
+            raise ValueError(f"{file}: alpha of {module} is {list(pair['alpha'].shape)}, wanted one number")
         if pair["down"].ndim < 2 or pair["up"].ndim < 2 or pair["down"].shape[0] != pair["up"].shape[1] or pair["up"].dtype not in WIDER:
             raise ValueError(f"{file}: {module}: down {list(pair['down'].shape)} and up {list(pair['up'].shape)} ({pair['up'].dtype}) are not a pair")
     return found
@@ -206,39 +209,50 @@ def lora_to_comfy(source: Path | str, out: Path | str) -> list[str]:
             rescaled.append(native)
         name = f"diffusion_model.{native}"
         tensors |= {f"{name}.lora_down.weight": pair.down.contiguous(), f"{name}.lora_up.weight": pair.up.contiguous(), f"{name}.alpha": torch.tensor(pair.alpha)}
-        layout[native] = [[m, pairs[m].rank, str(pairs[m].up.dtype).removeprefix("torch.")] for m in modules if m]
+        layout[native] = [[m, pairs[m].rank, pairs[m].alpha, str(pairs[m].up.dtype).removeprefix("torch.")] for m in modules if m]
     save(tensors, header | {"format": "pt", PARTS_KEY: json.dumps(layout)}, out)
     notes = [f"{len(pairs)} pairs -> {len(groups)} for ComfyUI"]
     return notes + ([f"parts with different alpha/rank, kept one precision wider: {', '.join(rescaled)}"] if rescaled else [])
+
+
+def read_layout(header: dict[str, str], file: Path) -> dict[str, dict[str, tuple]]:
+    """native module -> {diffusers module: (rank, alpha, dtype)} as lora_to_comfy wrote it; {} for a foreign file."""
+    try:
+        return {native: {module: (int(rank), float(alpha), DTYPES[dtype]) for module, rank, alpha, dtype in rows}
+                for native, rows in read_json_header(header, PARTS_KEY, file).items()}
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: {PARTS_KEY} in its header is not as lora-to-comfy writes it ({error})") from error
+
+
+def parts_of(native: str, fused: Pair, layout: dict[str, tuple], file: Path) -> dict[str, Pair]:
+    """diffusers module -> its pair; `layout` as lora_to_comfy left it for this module, or empty."""
+    modules = list(layout) if len(layout) == 1 and native_name(*layout).parts == 1 else diffusers_modules(native)
+    if len(modules) > 1 and (fused.up.ndim != 2 or fused.up.shape[0] % len(modules)):
+        raise ValueError(f"{file}: {native}: up {list(fused.up.shape)} does not divide into {len(modules)} parts")
+    if not layout:
+        parts = [fused] if len(modules) == 1 else split(fused, len(modules))
+    elif not layout.keys() <= set(modules) or sum(rank for rank, _, _ in layout.values()) != fused.rank:
+        raise ValueError(f"{file}: {native} has rank {fused.rank}, its header says {layout}: the file was changed; remove {PARTS_KEY} from its header")
+    else:
+        ranks, alphas, dtypes = zip(*(layout.get(m, (None, None, None)) for m in modules))
+        parts = unfuse(fused, ranks, [alpha and alpha / rank for rank, alpha in zip(ranks, alphas)], dtypes)
+    return {m: p for m, p in zip(modules, parts) if p is not None}
 
 
 def lora_from_comfy(source: Path | str, out: Path | str) -> list[str]:
     """Writes a ComfyUI file of SANA as diffusers' (and the app's) LoRA file; returns notes."""
     source = Path(source)
     tensors, header = read_tensors(source)
-    layout, settings = read_json_header(header, PARTS_KEY, source), transformer_settings(header, source)
+    layout, settings = read_layout(header, source), transformer_settings(header, source)
     pairs: dict[str, Pair] = {}
     for native, pair in pairs_of(tensors, COMFY_KEY, source).items():
-        fused = Pair(pair["down"], pair["up"], pair["alpha"].item() if "alpha" in pair else float(pair["down"].shape[0]))
-        known = {module: (rank, DTYPES[dtype]) for module, rank, dtype in layout.get(native, [])}
-        modules = list(known) if len(known) == 1 else diffusers_modules(native)
-        if len(modules) > 1 and (fused.up.ndim != 2 or fused.up.shape[0] % len(modules)):
-            raise ValueError(f"{source}: {native}: up {list(fused.up.shape)} does not divide into {len(modules)} parts")
-        if known and sum(rank for rank, _ in known.values()) != fused.rank:
-            raise ValueError(f"{source}: {native} has rank {fused.rank}, its header says {known}: the file was changed; remove {PARTS_KEY} from its header")
-        if len(modules) == 1:
-            parts = [fused]
-        elif known:
-            ranks, dtypes = zip(*(known.get(m, (None, None)) for m in modules))
-            scales = [part_scale(settings, m, known[m][0]) if settings and m in known else None for m in modules]
-            parts = unfuse(fused, ranks, scales, dtypes)
-        else:
-            parts = split(fused, len(modules))
-        pairs |= {m: p for m, p in zip(modules, parts) if p is not None}
-    if not settings:
-        settings = make_settings(pairs)
+        alpha = pair["alpha"].item() if "alpha" in pair else float(pair["down"].shape[0])       # ComfyUI: no alpha = scale 1
+        pairs |= parts_of(native, Pair(pair["down"], pair["up"], alpha), layout.get(native, {}), source)
+    if settings and not all(math.isclose(part_scale(settings, m, p.rank), p.scale, rel_tol=1e-6) for m, p in pairs.items()):
+        settings = {}                                                                           # another tool has changed the pairs
     header = {k: v for k, v in header.items() if k != PARTS_KEY} | {"format": "pt"}
-    header[LORA_ADAPTER_METADATA_KEY] = header.get(LORA_ADAPTER_METADATA_KEY) or json.dumps({f"transformer.{k}": v for k, v in settings.items()})
+    if not settings:
+        header[LORA_ADAPTER_METADATA_KEY] = json.dumps({f"transformer.{k}": v for k, v in make_settings(pairs).items()})
     written = {}
     for module, pair in pairs.items():
         written |= {f"transformer.{module}.lora_A.weight": pair.down.contiguous(), f"transformer.{module}.lora_B.weight": pair.up.contiguous()}

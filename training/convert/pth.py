@@ -64,13 +64,15 @@ def read_pth(path: Path | str, ema: bool = False) -> tuple[dict[str, Tensor], st
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a cut or foreign file raises about anything; nothing of it has been run
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if match := re.search(r"GLOBAL (\S+) was not an allowed|Unsupported (?:global|class|operand)[^\n]*", str(error)):
+        text = str(error)
+        if match := re.search(r"GLOBAL (\S+)", text):
             raise ValueError(
-                f"{path} is refused: beside tensors it holds pickled code ({match[0].removesuffix(' was not an allowed')}), which was not run. "
-                "If you made it yourself, save it again as torch.save({'state_dict': model.state_dict()}, FILE)"
-            ) from error
-        raise ValueError(f"{path} cannot be read as a .pth: it is cut short, damaged or something else ({reason[:200]}); copy it again") from error
+                f"{path} is refused: beside tensors it holds Python objects ({match[1]}), which can run code when they are read; none was. "
+                "If you made the file yourself, save it again as torch.save({'state_dict': model.state_dict()}, FILE)"
+            ) from None
+        # torch's own text advises to read the file unsafely: do not pass that on
+        reason = type(error).__name__ if "weights_only" in text or not text.strip() else text.strip().splitlines()[0][:200]
+        raise ValueError(f"{path} cannot be read as a .pth: it is cut short, damaged or something else ({reason}); copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, wanted a dict of tensors or {{'state_dict': …}}")
     wrapper, notes = "", []
@@ -153,7 +155,8 @@ def load_pth(path: Path | str, ema: bool = False, **given) -> Loaded:
 def build_model(loaded: Loaded) -> torch.nn.Module:
     """A real model with the weights copied in, in the file's dtype; SanaTransformer2DModel or SanaSprintControlNetModel."""
     config = {k: v for k, v in loaded.config.items() if k != "_class_name"}
-    model = model_class(loaded.config).from_config(config).to(next(iter(loaded.state.values())).dtype)
+    model, dtype = model_class(loaded.config).from_config(config), next(iter(loaded.state.values())).dtype
+    model = model if model.dtype == dtype else model.to(dtype)
     model.load_state_dict(loaded.state, strict=True)
     return model
 
