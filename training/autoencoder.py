@@ -109,9 +109,9 @@ def train_autoencoder(config: Config, out: Path) -> None:
     def train_step(step: int, draws: Draws) -> dict[str, float]:
         adversarial = config.ae_adv_weight > 0 and step >= config.ae_adv_start * config.ae_steps
         numbers = {"l1": 0.0, "loss": 0.0}
-        for draws in draws.parts(config.micro_batches):
-            x = picture_batch(pixels, config, step, draws)
-            noise = draws.normal(x.shape[0], config.ae_latent_channels, x.shape[2] // ratio, x.shape[3] // ratio)
+        for part in draws.parts(config.micro_batches):
+            x = picture_batch(pixels, config, step, part)
+            noise = part.normal(x.shape[0], config.ae_latent_channels, x.shape[2] // ratio, x.shape[3] // ratio)
             y = reconstruct(x, noise)
             loss = reconstruction_loss(y, x).mean()
             total = loss - config.ae_adv_weight * disc(y).mean() if adversarial else loss

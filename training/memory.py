@@ -156,14 +156,19 @@ def more_micro_batches(batch: int, config: Config) -> int | None:
 def out_of_memory_message(name: str, config: Config, batch: int, parts: dict, train_step: Callable, step: int, draws: object) -> str:
     """What held the memory, and the three settings that would help most, with numbers."""
     held = standing_gib(parts, config)
-    lines = [f"{name}: out of memory at step {step}. Held by a process: " + ", ".join(f"{k} {v:.2f} GiB" for k, v in held.items())]
+    text = f"{name}: out of memory at step {step}. Held by a process: " + ", ".join(f"{k} {v:.2f} GiB" for k, v in held.items())
+    activations = checkpointed = None
+    try:
+        trial = try_step(train_step, step, draws)
+        activations, checkpointed = trial.activations / GIB, checkpointed_gib(trial, train_step, step, draws)
+        text += f", activations of one micro-batch about {activations:.2f} GiB"
+    except Exception as error:  # the message must come out, whatever the trial stumbles over
+        text += f" (activations unknown: {type(error).__name__})"
+    about = lambda factor: "" if activations is None else f": activations about {factor * activations:.2f} GiB"
     helps: list[str] = []
-    trial = try_step(train_step, step, draws)
-    activations, checkpointed = trial.activations / GIB, checkpointed_gib(trial, train_step, step, draws)
-    lines[0] += f", activations of one micro-batch about {activations:.2f} GiB."
     more = more_micro_batches(batch, config)
     if more:
-        helps.append(f"micro_batches={more} instead of {config.micro_batches}: activations about {activations * config.micro_batches / more:.2f} GiB, same result")
+        helps.append(f"micro_batches={more} instead of {config.micro_batches}{about(config.micro_batches / more)}, same result")
     if checkpointed is not None:
         helps.append(f"checkpointing=true: activations about {checkpointed:.2f} GiB, a third slower")
     if config.optimizer == "adamw":
@@ -171,9 +176,9 @@ def out_of_memory_message(name: str, config: Config, batch: int, parts: dict, tr
     if world() > 1 and not config.fsdp and name != "student":
         helps.append(f"fsdp=true: weights, gradients and optimiser {sum(held.values()) / world():.2f} instead of {sum(held.values()):.2f} GiB a process")
     if config.precision == "fp32":
-        helps.append(f"precision=bf16: activations about {activations / 2:.2f} GiB")
-    helps.append(f"size_px={config.size_px // 2} instead of {config.size_px}: activations about {activations / 4:.2f} GiB")
+        helps.append(f"precision=bf16{about(1 / 2)}")
+    helps.append(f"size_px={config.size_px // 2} instead of {config.size_px}{about(1 / 4)}")
     if config.optimizer == "adamw":
         helps.append(f"optimizer=came: optimiser {held['optimiser'] / 2:.2f} instead of {held['optimiser']:.2f} GiB")
     helps.append("a smaller batch of the stage, with a lower learning rate")
-    return "\n".join(lines + ["What would help (--set):"] + [f"  {h}" for h in helps[:3]])
+    return "\n".join([text + ".", "What would help (--set):", *(f"  {h}" for h in helps[:3])])
