@@ -168,11 +168,16 @@ def test_a_round_trip_restores_every_tensor(kind, wrapper, dtype, tmp_path):
 
 @pytest.mark.parametrize("kind, options", [("base", {}), ("teacher", {}), ("sprint", {}), ("base", dict(qk_norm=True))])
 def test_the_folder_loads_in_stock_diffusers_with_every_weight(kind, options, tmp_path):
-    to_diffusers(saved(tmp_path / "in.pth", native_weights(kind, **options)), tmp_path / "out", kind=kind, **SMALL)
+    w = native_weights(kind, **options)
+    to_diffusers(saved(tmp_path / "in.pth", w), tmp_path / "out", kind=kind, **SMALL)
     model, info = SanaTransformer2DModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     assert model.config.timestep_scale == (1.0 if kind == "base" else 0.001)
     assert model.config.guidance_embeds == (kind == "sprint") and bool(model.config.qk_norm) == (kind != "base" or bool(options))
+    if model.config.qk_norm:  # by name: swapped norms would compute the same as long as they are positive
+        for name, norm in {"q": "norm_q", "k": "norm_k"}.items():
+            for attn, native in {"attn1": "attn", "attn2": "cross_attn"}.items():
+                assert torch.equal(model.get_submodule(f"transformer_blocks.1.{attn}.{norm}").weight, w[f"blocks.1.{native}.{name}_norm.weight"])
 
 
 @pytest.mark.parametrize("base, sprint", [(True, False), (False, False), (True, True)])
