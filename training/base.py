@@ -123,9 +123,9 @@ def teacher_from_base(base: SanaTransformer2DModel) -> tuple[SanaTransformer2DMo
 def set_latent_size(model: SanaTransformer2DModel, sample_size: int, interpolation_scale: float = 0.0) -> dict:
     """Makes `model` one for latents of `sample_size` per side; -> what changed in its config, {key: [old, new]}.
 
-    Published SANA up to 1024 px has no positional embedding (interpolation_scale None): it runs at any size, and sample_size only
-    tells pipelines which picture size is the natural one. With positions, the stock PatchEmbed stretches those of sample_size over
-    any other grid; the scale is multiplied by new/old, so that pictures of the new size see exactly those stretched positions.
+    Published SANA up to 1024 px has no positional embedding (interpolation_scale None): it runs at any size, and sample_size (16, 32,
+    64, 128) only tells the stock SanaPipeline which table of aspect ratios to round to. With positions, the stock PatchEmbed stretches
+    those of sample_size over any other grid; the scale is multiplied by new/old, so that pictures of the new size see exactly those.
     interpolation_scale > 0 asks for sine-cosine positions of that scale instead: NVlabs turns them on at 2048 px (1) and 4096 px (2).
     """
     old_size, old_scale = model.config.sample_size, model.config.interpolation_scale
