@@ -27,9 +27,9 @@ from training.evaluate import Pictures, choose, hardware, line_numbers, model_ha
 from training.evaluation import geneval, mjhq
 from training.evaluation.distances import fid, kid
 from training.evaluation.features import EVALUATOR, Features, load_features
-from training.evaluation.match import clip_folder, clip_score, fit_on, load_clip, load_sentences, own_numbers
+from training.evaluation.match import CANDIDATES, clip_folder, clip_score, fit_on, load_clip, load_sentences, own_numbers
 from training.evaluation.models import Model, check_steps, load_model, picture_seed, speed
-from training.evaluation.report import Report, data_rows
+from training.evaluation.report import Report, data_rows, steps_title
 
 
 def columns_of(model: Model, pictures: Pictures, steps: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
@@ -76,6 +76,7 @@ def caption_numbers(report: Report, args: argparse.Namespace, pictures: Pictures
     for column, x in rows.items():
         report.put(column, own_numbers(linear, x, texts, prompts))
     report.put("shuffled", own_numbers(linear, rows["real"], sentences.encode(shuffled), shuffled))
+    report.put("chance", {"clip_own_top1": 1 / min(CANDIDATES, len(set(prompts)))})
     report.about["caption_score"] = f"own: linear map from own picture features to sentence embeddings (weights {sentences.identity}), fitted on the training split"
     report.notes.append("Caption score: the project's own, no CLIP was at hand. It compares only within this project, on the same data.")
 
@@ -105,7 +106,7 @@ def evaluate_data(report: Report, args: argparse.Namespace, model: Model, featur
     for n in args.steps:
         report.put(f"{n}step", speed(model, pictures.prompts, inks, n, args.runs))
     report.about |= {"split": args.split, "count": count, "data_hash": pixels.hash}
-    titles = {f"{n}step": f"{n} steps" for n in args.steps} | {"off": "no lines", "vae": "autoencoder"}
+    titles = {f"{n}step": steps_title(n) for n in args.steps} | {"off": "no lines", "vae": "autoencoder"}
     drawn = {"lines": np.repeat(255 - pictures.inks[..., None], 3, 3)} if model.follows_lines else {}
     for row in data_rows(drawn | {titles[name]: made for name, made in columns.items()} | {"real": pictures.images},
                          6 * bool(args.geneval) + 10 * bool(args.mjhq)):
@@ -118,11 +119,11 @@ def evaluate_geneval(report: Report, args: argparse.Namespace, model: Model, ide
     for n in args.steps:
         folder = args.out / "geneval" / f"{n}step"
         geneval.write_pictures(model, identity, metadata, folder, n, args.samples, args.seed)
-        sheet[f"{n} steps"] = geneval.first_of_each_task(metadata, folder)
+        sheet[steps_title(n)] = geneval.first_of_each_task(metadata, folder)
         if (folder / geneval.RESULTS).is_file():
             report.put(f"{n}step", geneval.read_results(folder / geneval.RESULTS, metadata, args.samples))
         else:
-            report.notes.append(f"GenEval, {n} steps: {len(metadata)} prompts are drawn; score {folder} with the official evaluate_images.py "
+            report.notes.append(f"GenEval, {steps_title(n)}: {len(metadata)} prompts are drawn; score {folder} with the official evaluate_images.py "
                                 f"--outfile {folder / geneval.RESULTS}, then give this command again.")
     report.about["geneval_prompts"] = len(metadata)
     for i in range(len(next(iter(sheet.values())))):
@@ -140,7 +141,7 @@ def evaluate_mjhq(report: Report, args: argparse.Namespace, model: Model, identi
         folder = args.out / "mjhq" / f"{n}step"
         mjhq.write_pictures(model, identity, metadata, folder, n, args.seed)
         made = mjhq.picture_paths(folder, metadata)
-        sheet[f"{n} steps"] = [mjhq.load(made[i]) for i in firsts]
+        sheet[steps_title(n)] = [mjhq.load(made[i]) for i in firsts]
         if reference:
             rows = mjhq.folder_features(made, features), mjhq.folder_features(reference, features, args.cache)
             report.put(f"{n}step", mjhq.compare(*rows, metadata, features.suffix))

@@ -19,8 +19,8 @@ MEANINGS = {
     "kid_own": "the same distance in the project's own features: NOT comparable with published KIDs",
     "clip": "CLIP score, 100 × cosine of picture and prompt",
     "clip_own": "caption score of the project's own, 100 × cosine: NOT comparable with CLIP scores; read it between `real` and `shuffled`",
-    "clip_own_top1": "share of pictures that find their caption among 16 by that score (chance 0.0625); `real` is what the score itself can do",
-    "line_f1": "F1 of the drawn lines and the picture's edges, 3 px at 256 px",
+    "clip_own_top1": "share of pictures that find their caption among 16 (all, where there are fewer) by that score; `real` is what the score itself can do",
+    "line_f1": "F1 of the drawn lines and the picture's edges, 3 px at 256 px; chance: real pictures against another's lines",
     "sharpness_ratio": "gradient energy over that of the real pictures",
     "psnr_db": "autoencoder: real pictures there and back, dB",
     "latency_ms": "one picture from prompt to pixels, warm, median",
@@ -33,7 +33,11 @@ MEANINGS = {
     "mjhq_clip": "MJHQ-30K: CLIP score",
 }
 COLUMNS = {"off": "no lines, fewest steps", "vae": "autoencoder only", "real": "real pictures", "other": "other real pictures",
-           "shuffled": "real, another's caption", "chance": "real, another's lines"}
+           "shuffled": "real, another's caption", "chance": "chance"}
+
+
+def steps_title(steps: int) -> str:
+    return f"{steps} step" + "s" * (steps > 1)
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Report:
         """The table, what its rows mean, and the notes."""
         used = [column for values in self.numbers.values() for column in values]
         columns = sorted(dict.fromkeys(used), key=lambda c: (c in COLUMNS, list(COLUMNS).index(c) if c in COLUMNS else int(c.removesuffix("step"))))
-        titles = [COLUMNS.get(c) or c.removesuffix("step") + (" step" if c == "1step" else " steps") for c in columns]
+        titles = [COLUMNS.get(c) or steps_title(int(c.removesuffix("step"))) for c in columns]
         lines = ["| | " + " | ".join(titles) + " |", "|" + "---|" * (len(columns) + 1)]
         for measure, values in self.numbers.items():
             lines.append(f"| {measure} | " + " | ".join(f"{values[c]:.4g}" if c in values else "" for c in columns) + " |")
