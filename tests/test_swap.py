@@ -16,6 +16,7 @@ from sana_app.model.pipeline import SanaSprintControlNetPipeline
 from sana_app.model.text import TextSettings, encode_text, token_states
 from training.base import load_part
 from training.config import Config
+from training.dry_run import Looked
 from training.loop import Draws
 from training.swap import live_text, train_swap
 from training.swap_networks import affected_layers, learning_groups, refit, start_networks
@@ -274,6 +275,11 @@ def test_without_swap_full_nothing_is_written_but_the_next_command(tmp_path, cap
     report = swap(tmp_path, base=base, vae=tmp_path / "vae", swap_short_steps=1)
     assert "swap_full=true" in capsys.readouterr().out and "full" not in report
     assert not (tmp_path / "swap").exists()
+    shutil.rmtree(tmp_path / "swap-short")
+    with pytest.raises(Looked):
+        swap(tmp_path, base=base, vae=tmp_path / "vae", dry_run=True)
+    out = capsys.readouterr().out
+    assert "(a) the new part alone" in out and "start anew: transformer.patch_embed.proj" in out and not (tmp_path / "swap-short").exists()
 
 
 # ---- the text encoder in the step ------------------------------------------------------------------------------------

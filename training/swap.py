@@ -169,7 +169,8 @@ def tune(name: str, steps: int, networks: nn.ModuleDict, new_layers: list[str], 
         contact_sheet(torch.cat([held_out.decode(latents), held_out.decode(held_out.fixed(16).x0)]), folder / f"preview-{step:06d}.png", 16)
         return found | monitor.check(folder, held_out, latents, config.latent_band)
 
-    monitor.reference(out / name, held_out.latents.images)
+    if not config.dry_run:
+        monitor.reference(out / name, held_out.latents.images)
     run(name, out, config, steps, {"networks": networks, **({"ema": ema} if ema else {}), "opt": opt}, train_step, config.swap_batch, preview, corpus.pixels.hash)
     return average, encode_average
 
@@ -221,13 +222,19 @@ def train_swap(config: Config, out: Path) -> None:
         write_parts(plan, config, folder / "parts")
     barrier()
     if not plan.trains:
-        save_folder(out / "swap", {}, folder / "parts")
-        print(f"wrote {out / 'swap'}, no training needed")
+        if not config.dry_run:
+            save_folder(out / "swap", {}, folder / "parts")
+        if is_main():
+            print("no training needed" if config.dry_run else f"wrote {out / 'swap'}, no training needed")
         return
     text = config.text_encoder if plan.text else config.base
     new_config = dataclasses.replace(config, vae=str(folder / "parts" / "vae"), text_encoder=text)
     old_config = dataclasses.replace(config, vae=str(Path(config.base) / "vae"), text_encoder=config.base)
     held_out, corpus = Corpus(new_config, out, "val"), Corpus(new_config, out, "train")
+    if config.dry_run:
+        networks, new_layers = start_networks(plan, new_config, held_out)
+        print(f"start anew: {', '.join(new_layers) or 'no layer'}")
+        tune("swap-short", config.swap_short_steps, networks, new_layers, corpus, held_out, out)  # looks at the first batch and leaves
     report["short"] = short_run(plan, new_config, old_config, corpus, held_out, out)
     store()
     if not config.swap_full:
