@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def tiny_sana() -> SanaTransformer2DModel:
     return model.double()
 
 
-def train_toy(config: Config, out: Path, steps: int, kind: str = "sana") -> torch.nn.Module:
+def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisoned: bool = False) -> torch.nn.Module:
+    """`poisoned`: in step 1 the last process finds a gradient that is not a number."""
     torch.manual_seed(0)
     model = tiny_sana() if kind == "sana" else torch.nn.Linear(500, 500)
     if config.checkpointing:
@@ -62,6 +64,8 @@ def train_toy(config: Config, out: Path, steps: int, kind: str = "sana") -> torc
                 loss = (model(x) - x.flip(1)).square().mean() / config.micro_batches
             loss.backward()
             total += loss.item()
+        if poisoned and step == 1 and distributed.rank() == distributed.world() - 1:
+            next(model.parameters()).grad.fill_(math.nan)
         numbers = apply_gradients(opt, step, steps, 1.0, config, total)
         ema.update(model, step)
         return {"loss": total, **numbers}
@@ -71,9 +75,10 @@ def train_toy(config: Config, out: Path, steps: int, kind: str = "sana") -> torc
 
 
 def work(job: str, steps: int, kind: str) -> None:
-    """One run. `job`: OUT[,key=value,...]"""
+    """One run. `job`: OUT[,poisoned][,key=value,...]"""
     out, *sets = job.split(",")
-    averaged = train_toy(load_config("tiny-cpu", [*SETTINGS, *sets]), Path(out), steps, kind)
+    settings = [*SETTINGS, *(s for s in sets if s != "poisoned")]
+    averaged = train_toy(load_config("tiny-cpu", settings), Path(out), steps, kind, "poisoned" in sets)
     if kind == "sana":
         distributed.save_model(averaged, Path(out) / "model")
 
@@ -96,6 +101,7 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
+            os.dup2(2, 1)  # standard output is for the two lines below
             try:
                 work(line.strip(), args.steps, args.model)
                 os._exit(0)
@@ -104,8 +110,8 @@ def main() -> None:
             except BaseException as error:
                 print(repr(error), file=sys.stderr, flush=True)
                 os._exit(2)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        print("pid", child, flush=True)
+        print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_ste
     if agreed(mean_numbers({"start": start})["start"] != start):
         raise ValueError(f"{name}: the processes found different checkpoints (this one's: step {start}): --out must lie on a file system that all of them see")
     if start >= steps:
-        print(f"{name}: already at step {start} of {steps}")
+        if is_main():
+            print(f"{name}: already at step {start} of {steps}")
         return
     log, close = open_tracker(name, out, config, start)
     stop: list[bool] = []
@@ -144,11 +145,11 @@ def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_ste
             if bad >= MAX_BAD_STEPS:
                 raise FloatingPointError(f"{name}: {bad} steps in a row without a finite loss and gradient, stopped at step {step} ({tally.skipped} skipped in all). "
                                          f"The last good checkpoint is in {folder / 'checkpoints'}; lower the learning rate or use precision=fp32.")
-            if step % 10 < 2:  # two in a row: a student and its discriminator take turns
+            last = step + 1 == steps
+            if step % 10 < 2 or last:  # two in a row: a student and its discriminator take turns
                 shown |= mean_numbers(numbers | {"skipped": float(tally.skipped), "peak_gib": peak_gib()})
                 bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
                 log(shown, step)
-            last = step + 1 == steps
             # one question a step, so that all processes stop, and save, at the same one
             save = last or agreed(bool(stop) or is_main() and time.monotonic() - saved > config.save_minutes * 60)
             if save:

@@ -106,14 +106,15 @@ class Came(torch.optim.Optimizer):
     def _step(self, p: nn.Parameter, group: dict) -> None:
         (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
         factored = p.ndim >= 2 and p.shape[0] > 1 and p.numel() > p.shape[0]
-        state, weight, g = self.state[p], local(p), local(p.grad).float()
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        state, weight, g = self.state[p], local(p), local(p.grad).to(dtype)
         if not state:
-            state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
             for name in ("sq", "res") if factored else ():
                 state[f"{name}_row"] = shard_rows(g.new_zeros(len(g), 1), p)
                 state[f"{name}_col"] = g.new_zeros(1, p.numel() // p.shape[0])
             if not factored:
-                state["sq"] = torch.zeros_like(p, dtype=torch.float32)
+                state["sq"] = torch.zeros_like(p, dtype=dtype)
         total = (lambda x: _sum_over_shards(x, p))
         rms = lambda x: (total(x.square().sum()) / p.numel()).sqrt()
 

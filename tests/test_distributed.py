@@ -1,0 +1,120 @@
+"""Several processes train what one would: equal gradients and weights, with and without FSDP2, and checkpoints for any number of them."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SanaTransformer2DModel
+
+from toy_stage import work
+from training.config import Config
+from training.distributed import refuse_fsdp
+from training.loop import Draws, local_batch
+
+ROOT = Path(__file__).parent.parent
+TOY = str(ROOT / "tests" / "toy_stage.py")
+
+
+def run_on_two(*jobs: str) -> None:
+    """The toy stage, job after job (OUT[,key=value,...]), in two processes as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(2):
+        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        started.append(subprocess.Popen([sys.executable, TOY, *jobs], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=500)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(err[-3000:] for err in said)
+
+
+def state(out: Path, step: int) -> dict:
+    return torch.load(out / "toy" / "checkpoints" / f"step-{step:07d}.pt", weights_only=True)["parts"]
+
+
+def assert_equal_states(a: dict, b: dict, tolerance: float) -> None:
+    """Weights, averages, and the optimiser's running means of the gradients."""
+    for part in ("model", "ema"):
+        assert a[part].keys() == b[part].keys()
+    torch.testing.assert_close({k: a[k] for k in ("model", "ema")}, {k: b[k] for k in ("model", "ema")}, rtol=0, atol=tolerance)
+    torch.testing.assert_close(a["opt"]["state"], b["opt"]["state"], rtol=0, atol=tolerance)
+
+
+def without_the_last_step(source: Path, target: Path) -> Path:
+    shutil.copytree(source / "toy", target / "toy")
+    (target / "toy" / "checkpoints" / "step-0000003.pt").unlink()
+    return target
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    """Three steps on one process, on two, on two with FSDP2; the same with CAME; the third step alone on two with FSDP2."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {name: folder / name for name in ("one", "came", "poisoned", "two", "fsdp", "came_fsdp", "continued", "two_poisoned")}
+    work(str(found["one"]), 3, "sana")
+    work(f"{found['came']},optimizer=came", 3, "sana")
+    work(f"{found['poisoned']},poisoned", 3, "sana")
+    without_the_last_step(found["one"], found["continued"])
+    run_on_two(str(found["two"]), f"{found['fsdp']},fsdp=true", f"{found['came_fsdp']},fsdp=true,optimizer=came", f"{found['continued']},fsdp=true",
+               f"{found['two_poisoned']},poisoned")
+    return found
+
+
+@pytest.mark.parametrize("several", ["two", "fsdp"])
+def test_gradients_and_weights_equal_those_of_one_process(runs, several):
+    assert_equal_states(state(runs["one"], 3), state(runs[several], 3), 1e-9)
+    assert not torch.equal(state(runs["one"], 2)["model"]["proj_out.weight"], state(runs["one"], 3)["model"]["proj_out.weight"])
+
+
+def test_came_on_shards_equals_came(runs):
+    """Where the true gradient is 0 (a key's bias) it divides noise by noise: not compared."""
+    one, several = ({k: v for k, v in state(runs[name], 3)["model"].items() if not k.endswith("attn2.to_k.bias")} for name in ("came", "came_fsdp"))
+    torch.testing.assert_close(several, one, rtol=0, atol=1e-9)
+
+
+def test_a_bad_gradient_on_one_process_skips_the_step_on_all(runs):
+    assert_equal_states(state(runs["poisoned"], 3), state(runs["two_poisoned"], 3), 1e-9)
+    assert state(runs["two_poisoned"], 3)["tally"] == {"skipped": 1}
+
+
+def test_a_sharded_model_is_saved_whole_and_loads_as_its_own_class(runs):
+    model, same = SanaTransformer2DModel.from_pretrained(runs["one"] / "model"), SanaTransformer2DModel.from_pretrained(runs["fsdp"] / "model")
+    assert '"SanaTransformer2DModel"' in (runs["fsdp"] / "model" / "config.json").read_text()
+    torch.testing.assert_close(dict(same.state_dict()), dict(model.state_dict()), rtol=0, atol=1e-6)
+    assert not list((runs["fsdp"] / "toy").rglob("*.tmp"))
+
+
+def test_one_process_resumed_on_two_gives_the_same_numbers(runs):
+    assert_equal_states(state(runs["one"], 3), state(runs["continued"], 3), 1e-9)
+
+
+@pytest.mark.parametrize("first", ["two", "fsdp"])
+def test_two_processes_resumed_on_one_give_the_same_numbers(runs, tmp_path, first):
+    work(str(without_the_last_step(runs[first], tmp_path)), 3, "sana")
+    assert_equal_states(state(runs["one"], 3), state(tmp_path, 3), 1e-9)
+
+
+def test_the_processes_draw_one_batch_together():
+    whole, parts = Draws(3, 7), [Draws(3, 7, rank, 4) for rank in range(4)]
+    assert torch.equal(whole.normal(8, 2), torch.cat([d.normal(2, 2) for d in parts]))
+    assert torch.equal(whole.uniform(8), torch.cat([d.uniform(2) for d in parts]))
+    micro = [d for rank in range(2) for d in Draws(3, 7, rank, 2).parts(2)]
+    assert torch.equal(Draws(3, 7).normal(8, 2), torch.cat([d.normal(2, 2) for d in micro]))
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="cannot be shared evenly by 1 processes with micro_batches=3"):
+        local_batch(8, Config(micro_batches=3))
+
+
+def test_the_students_stage_refuses_fsdp_and_says_what_works(tmp_path):
+    from training.student import train_student
+    with pytest.raises(ValueError, match="JVP.*Data parallel works"):
+        train_student(Config(fsdp=True), tmp_path)
+    refuse_fsdp(Config(), "")

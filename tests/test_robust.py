@@ -1,0 +1,229 @@
+"""Training that is killed, starved or fed nonsense: it goes on where it was, and says what happened."""
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.checkpoint import load_checkpoint, newest_step, save_checkpoint
+from training.config import Config
+from training.loop import Draws, Ema, adamw, apply_gradients, run
+
+ROOT = Path(__file__).parent.parent
+STEPS = 30
+
+
+class Server:
+    """Runs the toy stage in real processes, forked from one that has torch loaded already: a start costs milliseconds."""
+
+    def __init__(self):
+        command = [sys.executable, str(ROOT / "tests" / "toy_stage.py"), "--serve", "--model", "line", "--steps", str(STEPS)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def start(self, out: Path, *settings: str) -> int:
+        """-> process id of the stage."""
+        self.process.stdin.write(",".join([str(out), *settings]) + "\n")
+        self.process.stdin.flush()
+        return self.answer("pid")
+
+    def answer(self, what: str) -> int:
+        word, number = self.process.stdout.readline().split()
+        assert word == what  # a number that is not a process's must never reach os.kill
+        return int(number)
+
+    def wait(self) -> int:
+        """-> exit code of the stage, minus the signal where one ended it."""
+        return self.answer("code")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def whole(server, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole")
+    server.start(out)
+    assert server.wait() == 0
+    return out
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """The last checkpoints hold the same bits."""
+    load = lambda out: torch.load(out / "toy" / "checkpoints" / f"step-{STEPS:07d}.pt", weights_only=True)["parts"]
+    torch.testing.assert_close(load(a), load(b), rtol=0, atol=0)
+
+
+def until_killed(server: Server, out: Path, rng: random.Random, while_writing: bool) -> int:
+    """Starts the stage and kills it: after a random time, or as soon as it is seen writing a checkpoint; -> exit code."""
+    pid = server.start(out)
+    end = time.monotonic() + rng.uniform(0.0, 0.7)
+    while not (any((out / "toy" / "checkpoints").glob("*.tmp")) if while_writing else time.monotonic() > end) and newest_step(out / "toy" / "checkpoints") < STEPS:
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    return server.wait()
+
+
+def test_killed_again_and_again_it_ends_with_the_same_weights(server, whole, tmp_path):
+    rng = random.Random(0)
+    codes = [until_killed(server, tmp_path, rng, while_writing=number % 2 == 1) for number in range(5)]
+    assert codes.count(-signal.SIGKILL) >= 3
+    server.start(tmp_path)
+    assert server.wait() == 0
+    assert_same_end(whole, tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_the_same_command_resumes(whole, tmp_path):
+    command = [sys.executable, str(ROOT / "tests" / "toy_stage.py"), str(tmp_path), "--model", "line", "--steps", str(STEPS)]
+    checkpoints, rng, kills = tmp_path / "toy" / "checkpoints", random.Random(1), 0
+    while kills < 20:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+        first = newest_step(checkpoints)
+        if kills % 3 == 0:  # while starting
+            time.sleep(rng.uniform(0, 3))
+        else:               # one step on; every other time while a checkpoint is being written
+            while process.poll() is None and newest_step(checkpoints) < min(first + 1, STEPS - 1):
+                time.sleep(0.001)
+            while kills % 2 and process.poll() is None and not any(checkpoints.glob("*.tmp")):
+                time.sleep(0.001)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        if newest_step(checkpoints) >= STEPS - 1:
+            break
+    assert kills >= 15
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert_same_end(whole, tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_signal_writes_a_checkpoint_first(server, whole, tmp_path, number):
+    pid = server.start(tmp_path, "save_minutes=1000")  # no checkpoint of its own before the end
+    while not (tmp_path / "toy" / "run.json").exists():
+        time.sleep(0.001)
+    time.sleep(0.05)
+    os.kill(pid, number)
+    code, step = server.wait(), newest_step(tmp_path / "toy" / "checkpoints")
+    assert (code, step) == (0, STEPS) or code == 1 and 0 < step < STEPS
+    server.start(tmp_path)
+    assert server.wait() == 0
+    assert_same_end(whole, tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_whole(tmp_path):
+    model = torch.nn.Linear(700, 700)
+    for step in (1, 2):
+        torch.nn.init.constant_(model.weight, step)
+        save_checkpoint(tmp_path, step, {"model": model})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, hard))  # a file may grow to half of what is needed
+    try:
+        with pytest.raises(OSError, match="could not be written.*last good checkpoint is .*step-0000002.pt; free some space"):
+            save_checkpoint(tmp_path, 3, {"model": model})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000001.pt", "step-0000002.pt"]
+    assert load_checkpoint(tmp_path, {"model": model}) == 2 and float(model.weight.detach()[0, 0]) == 2
+
+
+class Tiny:
+    """y = w·x, whose loss and gradients can be spoilt at chosen steps."""
+
+    def __init__(self, out: Path, steps: int, bad_losses=(), bad_gradients=()):
+        torch.manual_seed(0)
+        self.config = Config(preview_steps=0, save_minutes=0.0, tracker="none")
+        self.model = torch.nn.Linear(4, 1)
+        self.opt = adamw([(list(self.model.parameters()), 1e-2)], self.config)
+        self.out, self.steps, self.bad_losses, self.bad_gradients = out, steps, bad_losses, bad_gradients
+        self.weights: list[torch.Tensor] = []
+
+    def train_step(self, step: int, draws: Draws) -> dict[str, float]:
+        loss = (self.model(draws.normal(8, 4)) - 1).square().mean()
+        loss.backward()
+        if step in self.bad_gradients:
+            self.model.weight.grad[0, 0] = float("nan")
+        value = float("inf") if step in self.bad_losses else loss.item()
+        numbers = apply_gradients(self.opt, step, self.steps, 1.0, self.config, value)
+        self.weights.append(self.model.weight.detach().clone())
+        return {"loss": value, **numbers}
+
+    def run(self) -> None:
+        run("tiny", self.out, self.config, self.steps, {"model": self.model, "opt": self.opt}, self.train_step, 8)
+
+
+def test_bad_losses_and_gradients_are_skipped_counted_and_shown(tmp_path, capsys):
+    tiny = Tiny(tmp_path, 40, bad_losses=range(1, 20, 2), bad_gradients=range(21, 40, 2))
+    tiny.run()
+    for step in range(1, 40):
+        assert torch.equal(tiny.weights[step], tiny.weights[step - 1]) == (step % 2 == 1)
+    newest = torch.load(tmp_path / "tiny" / "checkpoints" / "step-0000040.pt", weights_only=True)
+    assert newest["parts"]["tally"] == {"skipped": 20}
+    assert "skipped=20" in capsys.readouterr().err
+
+
+def test_the_count_of_skipped_steps_survives_a_stop(tmp_path):
+    Tiny(tmp_path, 5, bad_losses=(1, 3)).run()
+    Tiny(tmp_path, 9, bad_gradients=(6,)).run()
+    assert torch.load(tmp_path / "tiny" / "checkpoints" / "step-0000009.pt", weights_only=True)["parts"]["tally"] == {"skipped": 3}
+
+
+def test_ten_bad_losses_in_a_row_stop_the_run_with_good_weights(tmp_path):
+    tiny = Tiny(tmp_path, 40, bad_losses=range(5, 40))
+    with pytest.raises(FloatingPointError, match="10 steps in a row.*lower the learning rate"):
+        tiny.run()
+    assert torch.equal(tiny.weights[-1], tiny.weights[4])
+    assert newest_step(tmp_path / "tiny" / "checkpoints") == 14
+
+
+def test_a_checkpoint_without_the_count_still_loads(tmp_path):
+    tiny = Tiny(tmp_path, 6)
+    save_checkpoint(tmp_path / "tiny" / "checkpoints", 4, {"model": tiny.model, "opt": tiny.opt})
+    tiny.run()
+    assert len(tiny.weights) == 2
+
+
+class Hungry(torch.nn.Module):
+    """A network whose forward pass asks for more memory than there is."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return torch.zeros(2 ** 50).sum() + self.inner(**inputs)[0]
+
+
+def test_out_of_memory_names_three_settings_with_numbers(tmp_path):
+    from toy_stage import tiny_sana
+    config = Config(preview_steps=0, tracker="none", precision="fp32")
+    model = tiny_sana().float()
+    net, opt = Hungry(model), adamw([(list(model.parameters()), 1e-3)], config)
+
+    def train_step(step: int, draws: Draws) -> dict[str, float]:
+        x = draws.normal(8, 4, 4, 4)
+        net(hidden_states=x, encoder_hidden_states=draws.normal(8, 3, 12), timestep=draws.uniform(8), return_dict=False).mean().backward()
+        return apply_gradients(opt, step, 3, 1.0, config)
+
+    with pytest.raises(MemoryError) as caught:
+        run("hungry", tmp_path, config, 3, {"model": net, "opt": opt, "ema": Ema(model, 0.9)}, train_step, 8)
+    first, title, *helps = str(caught.value).splitlines()
+    assert "out of memory at step 0" in first and "activations of one micro-batch about" in first
+    assert [h.split("=")[0].strip() for h in helps] == ["micro_batches", "checkpointing", "optimizer"]
+    assert "micro_batches=2 instead of 1" in helps[0] and all("GiB" in h for h in helps)
