@@ -182,7 +182,8 @@ def next_command() -> str:
 
 def short_run(plan: Plan, config: Config, old_config: Config, corpus: Corpus, held_out: Corpus, out: Path) -> dict:
     """Stage (b): base, swapped and shortly trained model side by side; -> the report."""
-    old_held_out = Corpus(old_config, out, "val")
+    with main_first():
+        old_held_out = Corpus(old_config, out, "val")
     base, base_latents = judge(load_networks(Path(config.base)), None, old_held_out, old_config)
     networks, new_layers = start_networks(plan, config, held_out)
     if is_main():
@@ -230,7 +231,8 @@ def train_swap(config: Config, out: Path) -> None:
     text = config.text_encoder if plan.text else config.base
     new_config = dataclasses.replace(config, vae=str(folder / "parts" / "vae"), text_encoder=text)
     old_config = dataclasses.replace(config, vae=str(Path(config.base) / "vae"), text_encoder=config.base)
-    held_out, corpus = Corpus(new_config, out, "val"), Corpus(new_config, out, "train")
+    with main_first():
+        held_out, corpus = Corpus(new_config, out, "val"), Corpus(new_config, out, "train")
     if config.dry_run:
         networks, new_layers = start_networks(plan, new_config, held_out)
         print(f"start anew: {', '.join(new_layers) or 'no layer'}")
