@@ -131,7 +131,7 @@ def test_inception_reads_the_published_layout_and_says_that_other_weights_are_no
         weights = torch_fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).state_dict()
     torch.save(weights, tmp_path / INCEPTION_FILE)
     found = load_features("auto", tmp_path / INCEPTION_FILE)
-    assert found.suffix == "" and "NOT the published weights" in found.about
+    assert found.suffix == "_unpublished" and "NOT the published weights" in found.about
     x = found(real.images[:3])
     assert x.shape == (3, 2048) and bool(x.isfinite().all()) and float(x.std(0).max()) > 0
 

@@ -97,7 +97,7 @@ def evaluate_data(report: Report, args: argparse.Namespace, model: Model, featur
         if column != "real":
             report.put(column, {f"fid{features.suffix}": fid(rows["real"], x), f"kid{features.suffix}": kid(rows["real"], x)})
     rows.pop("other", None)
-    own = features if features.suffix else load_features("own", evaluator=args.evaluator)
+    own = features if features.suffix == "_own" else load_features("own", evaluator=args.evaluator)
     if own is not features:
         rows = {column: own(images) for column, images in ({"real": pictures.images} | columns).items()}
     caption_numbers(report, args, pictures, columns, rows, own, model.size_px)
@@ -159,13 +159,15 @@ def evaluate_mjhq(report: Report, args: argparse.Namespace, model: Model, identi
 
 def evaluate(args: argparse.Namespace) -> Report:
     """All that was asked for. ValueError names what is wrong with the input."""
-    model = load_model(str(args.model), args.precision)
+    model = load_model(args.model, args.precision)
     args.steps = args.steps or model.default_steps
     check_steps(model, args.steps)
     features = load_features(args.features, args.inception, args.evaluator)
-    identity = {"model": model_hash(Path(args.model)) if Path(args.model).is_dir() else str(args.model), "precision": args.precision}
+    identity = {"model": model_hash(Path(model.source)) if Path(model.source).is_dir() else model.source, "precision": args.precision}
     report = Report(about={"model": model.name, "model_hash": identity["model"], "features": features.about, "features_hash": features.identity})
-    if features.suffix:
+    if features.suffix == "_unpublished":
+        report.notes.append("The Inception weights are not the published ones: fid_unpublished and kid_unpublished compare with no paper's figures.")
+    if features.suffix == "_own":
         report.notes.append("FID and KID are measured in the project's own features (fid_own, kid_own): they are no FID of any paper. "
                             "A model that shares the evaluator's autoencoder is judged by its own encoder, and so more kindly than a stranger.")
     if args.data:

@@ -17,7 +17,8 @@ from training.batches import weights_hash
 
 EVALUATOR = Path(__file__).parents[2] / "assets" / "models" / "emoji"
 BATCH = 16
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's; its name ends with the start of its SHA-256
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # as torch-fidelity publishes it
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_PX = 299
 
 
@@ -27,7 +28,7 @@ class Features:
 
     compute: Callable[[torch.Tensor], torch.Tensor]
     size_px: int
-    suffix: str     # "" = standard Inception, comparable with published numbers; "_own" = comparable within this project only
+    suffix: str     # "" = the published Inception; "_own" = comparable within this project only; "_unpublished" = another Inception
     identity: str   # hash of the weights
     about: str      # one sentence for the report
 
@@ -99,7 +100,7 @@ def inception_weights(given: Path | None, fetch: bool) -> Path | None:
 
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256, progress=False)
         except (OSError, RuntimeError) as error:  # no network, another file than expected
             raise ValueError(f"the Inception weights cannot be fetched ({error}): bring {INCEPTION_FILE} by hand and give --inception FILE, "
                              "or use --features own") from error
@@ -115,9 +116,9 @@ def inception_features(path: Path) -> Features:
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device())
     except Exception as error:  # a pickle with code, a truncated zip, tensors that do not fit
         raise ValueError(f"{path} holds no Inception weights that can be read safely ({str(error)[:200]}): wanted {INCEPTION_FILE}") from error
-    name = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    official = "the published weights" if name in INCEPTION_FILE else f"NOT the published weights (SHA-256 {name}…)"
-    return Features(lambda x: network(x.to(device())), INCEPTION_PX, "", name, f"Inception-v3 pool features, {official}, pictures resized bicubic, antialiased")
+    name = hashlib.sha256(path.read_bytes()).hexdigest()
+    suffix, weights = ("", "the published weights") if name == INCEPTION_SHA256 else ("_unpublished", f"NOT the published weights (SHA-256 {name[:16]})")
+    return Features(lambda x: network(x.to(device())), INCEPTION_PX, suffix, name[:16], f"Inception-v3 pool features, {weights}, pictures resized bicubic, antialiased")
 
 
 def load_features(kind: str, inception: Path | None = None, evaluator: Path = EVALUATOR) -> Features:

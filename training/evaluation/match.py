@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchmetrics.multimodal.clip_score import CLIPScore
+from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from sana_app.model.text import TextSettings, encode_text
@@ -90,7 +91,8 @@ def fit_on(train: Pixels, held_out: np.ndarray, features: Features, sentences: S
         raise ValueError(f"{len(rows)} training pictures that are not evaluated too: wanted at least 32 to fit the own caption score on")
 
     def build(folder: Path) -> None:
-        x = torch.cat([features(train.images[rows[i:i + BATCH]]) for i in range(0, len(rows), BATCH)])
+        starts = tqdm(range(0, len(rows), BATCH), desc="features of training pictures", mininterval=5)
+        x = torch.cat([features(train.images[rows[i:i + BATCH]]) for i in starts])
         np.save(folder / "pictures.npy", x.numpy())
         np.save(folder / "sentences.npy", sentences.encode([train.captions[i][0] for i in rows]).numpy())
     folder = once(cache / f"match-{digest(train.hash, features.identity, sentences.identity, digest(*map(str, rows)))}", build)
@@ -148,7 +150,7 @@ def load_clip(folder: str) -> CLIPScore:
         if text is None:
             return processor(images=images, return_tensors="pt")
         return processor(text=text, truncation=True, max_length=model.config.text_config.max_position_embeddings, padding=True, return_tensors="pt")
-    return CLIPScore(model_name_or_path=lambda: (model, process))
+    return CLIPScore(model_name_or_path=lambda: (model, process)).to(device())
 
 
 @torch.no_grad()

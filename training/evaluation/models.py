@@ -25,10 +25,14 @@ THROUGHPUT_BATCH = 10  # the batch of the paper's throughput figures
 class Model:
     """A loaded folder. `flow`: it is a SanaPipeline folder (a teacher); else a Sprint folder, maybe with a ControlNet."""
 
-    name: str
+    source: str  # folder or hub id
     pipe: SanaSprintControlNetPipeline | SanaPipeline
     settings: TextSettings
     flow: bool
+
+    @property
+    def name(self) -> str:
+        return Path(self.source).name
 
     @property
     def size_px(self) -> int:
@@ -81,7 +85,7 @@ def load_model(name: str, precision: str = "fp32") -> Model:
         pipe = SanaSprintControlNetPipeline.from_pretrained(source, torch_dtype=dtype)
         settings = pipe.text_settings
     pipe.set_progress_bar_config(disable=True)
-    return Model(Path(source).name, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), settings, flow)
+    return Model(source, pipe.to("cuda" if torch.cuda.is_available() else "cpu"), settings, flow)
 
 
 def picture_seed(seed: int, *names: object) -> int:

@@ -17,6 +17,8 @@ MEANINGS = {
     "kid": "kernel distance to the real pictures in Inception features: the smaller the better; unbiased, may fall below 0",
     "fid_own": "the same distance in the project's own features: NOT comparable with published FIDs",
     "kid_own": "the same distance in the project's own features: NOT comparable with published KIDs",
+    "fid_unpublished": "the same distance in an Inception of other weights: NOT comparable with published FIDs",
+    "kid_unpublished": "the same distance in an Inception of other weights: NOT comparable with published KIDs",
     "clip": "CLIP score, 100 × cosine of picture and prompt",
     "clip_own": "caption score of the project's own, 100 × cosine: NOT comparable with CLIP scores; read it between `real` and `shuffled`",
     "clip_own_top1": "share of pictures that find their caption among 16 (all, where there are fewer) by that score; `real` is what the score itself can do",
