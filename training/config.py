@@ -121,6 +121,7 @@ class Config:
     scm_weight: float = 1.0
     ladd_weight: float = 0.5
     ladd_t_max_share: float = 0.5      # share of adversarial samples whose student time is t_max
+    ladd_misaligned: bool = False      # real pictures under another sample's caption as further fakes (half as much work again in those steps)
     guidance: tuple = (4.0, 4.5, 5.0)  # guidance scales the student is trained for
     guidance_gain: float = 1.0         # the teacher's scale is 1 + gain * (w - 1): below 1 for a small teacher, which saturates early,
                                        # while the student keeps the published range of w, and with it stock pipelines' default

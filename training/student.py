@@ -19,7 +19,7 @@ from sana_app.model.network import TrigFlowTeacher, network_time
 from training.batches import Batch, Corpus
 from training.config import Config
 from training.discriminator import Discriminator
-from training.distributed import refuse_fsdp, save_model
+from training.distributed import refuse_fsdp
 from training.loop import Draws, Ema, apply_gradients, autocast, device, layer_groups, local_batch, make_optimizer, maybe_compile, run
 from training.losses import hinge_discriminator, hinge_generator, jvp_of_student, normalised_tangent, scm_loss, scm_tangent
 from training.pair import save_student, start_pair, with_folders
@@ -87,13 +87,15 @@ class Distillation:
             return hinge_generator(self.judge(self.one_step(x_t, t, w, batch, scale), z_disc, t_disc, batch, scale)).mean()
 
     def discriminate(self, x_t, t, real, z_disc, t_disc, w, batch: Batch, scale) -> tuple[torch.Tensor, torch.Tensor]:
-        """LADD, the discriminator's side, and its margin. `z_disc`, `t_disc` [2B]: first of the real ones, then of the fake."""
+        """LADD, the discriminator's side, and its margin. `z_disc`, `t_disc` [2B]: first of the real ones, then of the fake; [3B] with
+        misaligned pairs as further fakes: real latents, each under the caption and lines of the next sample."""
         with autocast(self.config):
             with torch.no_grad():
-                fake = self.one_step(x_t, t, w, batch, scale)
-            twice = Batch(*(torch.cat([a, a]) if torch.is_tensor(a) else a for a in vars(batch).values()))
-            on_real, on_fake = self.judge(torch.cat([real, fake]), z_disc, t_disc, twice, torch.cat([scale, scale])).chunk(2)
-        return hinge_discriminator(on_real, on_fake).mean(), (on_real.mean() - on_fake.mean()).detach()
+                judged = [real, self.one_step(x_t, t, w, batch, scale)] + [real.roll(1, 0)] * (len(z_disc) == 3 * len(real))
+            repeat = lambda a: torch.cat([a] * len(judged)) if torch.is_tensor(a) else a
+            # one verdict a latent: the real ones are judged once, whatever the number of fakes
+            on_real, *on_fake = self.judge(torch.cat(judged), z_disc, t_disc, Batch(*map(repeat, vars(batch).values())), repeat(scale)).chunk(len(judged))
+        return hinge_discriminator(on_real, torch.cat(on_fake, dim=1)).mean(), (on_real.mean() - on_fake[0].mean()).detach()
 
     def backward(self, step: int, draws: Draws, corpus: Corpus) -> dict[str, float]:
         """Gradients of one micro-batch, `draws` its own: of the student at even steps, of the discriminator at odd ones."""
@@ -108,8 +110,11 @@ class Distillation:
         x_adv, z_disc = trigflow.interpolate(x0, z, t_adv), draws.normal(*x0.shape) * SIGMA_DATA
         if step % 2:
             # real and fake are re-noised with draws of their own
-            z_real, t_real = draws.normal(*x0.shape) * SIGMA_DATA, trigflow.t_from_normal(draws.normal(count), -0.6, 1.0)
-            loss, margin = self.discriminate(x_adv, t_adv, x0, torch.cat([z_real, z_disc]), torch.cat([t_real, t_disc]), w, batch, scale)
+            renoise = lambda: (draws.normal(*x0.shape) * SIGMA_DATA, trigflow.t_from_normal(draws.normal(count), -0.6, 1.0))
+            if config.ladd_misaligned and count == 1:
+                raise ValueError("ladd_misaligned needs at least 2 samples in a micro-batch on each process: lower micro_batches, or raise student_batch")
+            sides = [renoise(), (z_disc, t_disc)] + ([renoise()] if config.ladd_misaligned else [])
+            loss, margin = self.discriminate(x_adv, t_adv, x0, *map(torch.cat, zip(*sides)), w, batch, scale)
             (loss / config.micro_batches).backward()
             return {"disc_loss": loss.item(), "margin": margin.item()}
         found = {}
@@ -128,12 +133,15 @@ class Distillation:
 
 def train_student(config: Config, out: Path) -> None:
     """Trains, and writes OUT/student/{transformer,controlnet} with the averaged weights. What is distilled from where: pair.py."""
+    refuse_fsdp(config, "forward-mode derivatives (the JVP of the consistency loss) cannot pass through shards")
     config = with_folders(config, out)
     corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
     torch.manual_seed(config.seed)
     teacher, student = (net.to(device()) for net in start_pair(config, out))
     use_explicit_softmax(teacher)
     use_explicit_softmax(student)
+    for network in [n for net in (teacher, student) for n in net.children()] if config.checkpointing else ():
+        network.enable_gradient_checkpointing()  # no part of the JVP, which runs without gradients
     trained = student if config.student_base else student.controlnet
     width = student.transformer.config.num_attention_heads * student.transformer.config.attention_head_dim
     logvar = Logvar(width, held_out.latents.images[0].size).to(device())
