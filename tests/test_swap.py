@@ -16,11 +16,12 @@ from sana_app.model.pipeline import SanaSprintControlNetPipeline
 from sana_app.model.text import TextSettings, encode_text, token_states
 from training.base import load_part
 from training.config import Config
+from training.data.cache import pixel_cache
 from training.dry_run import Looked
 from training.loop import Draws
 from training.swap import live_text, train_swap
 from training.swap_networks import affected_layers, learning_groups, refit, start_networks
-from training.swap_plan import Plan, examine_text_encoder, measure_text_encoder
+from training.swap_plan import Plan, examine_autoencoder, examine_text_encoder, measure_text_encoder
 from training.text import prompt_encoder
 
 REAL_VAE = Path(__file__).parent.parent / "assets" / "models" / "emoji" / "vae"  # f16 c32, trained
@@ -160,6 +161,28 @@ def test_an_autoencoder_that_cannot_reconstruct_stops_the_swap(real_base, tmp_pa
     assert not (tmp_path / "swap").exists() and not (tmp_path / "swap-short").exists()
     report = json.loads((tmp_path / "swap-plan" / "report.json").read_text())
     assert report["autoencoder"]["old"]["psnr_db"] > 20 > report["autoencoder"]["new"]["psnr_db"]
+
+
+def test_another_latent_of_as_many_channels_is_not_taken_for_the_same(tmp_path):
+    """Its decoder cannot read the old latents; its own scaling factor is kept where it is near, and a shift is said."""
+    tiny_vae(0).save_pretrained(tmp_path / "old")
+    pixels, plans = pixel_cache("assets/sample", "val", 32, tmp_path / "cache"), []
+    for name, factor, shift in (("near", 1.0, 0.0), ("far", 0.01, 0.0), ("shifted", 1.0, 20.0)):
+        new = tiny_vae(7)
+        torch.nn.init.constant_(new.encoder.conv_out.bias, shift)
+        new.save_pretrained(tmp_path / name)
+        first = Plan()
+        examine_autoencoder(first, tmp_path / "old", tmp_path / name, pixels, CONFIG)
+        new.register_to_config(scaling_factor=factor * first.numbers["autoencoder"]["suggested_scaling_factor"])
+        new.save_pretrained(tmp_path / name)
+        plans.append(Plan())
+        examine_autoencoder(plans[-1], tmp_path / "old", tmp_path / name, pixels, CONFIG)
+    near, far, shifted = plans
+    suggested = near.numbers["autoencoder"]["suggested_scaling_factor"]
+    assert [p.vae for p in plans] == ["new latent"] * 3
+    assert near.scaling_factor == pytest.approx(suggested) and far.scaling_factor == pytest.approx(suggested)
+    assert not any("MISMATCH" in line or "shift:" in line for line in near.findings)
+    assert any("MISMATCH" in line for line in far.findings) and any(line.startswith("shift:") for line in shifted.findings)
 
 
 def test_a_text_encoder_that_tells_nothing_apart_is_unfit(tmp_path):
