@@ -77,26 +77,38 @@ def caption_numbers(report: Report, args: argparse.Namespace, pictures: Pictures
         report.put(column, own_numbers(linear, x, texts, prompts))
     report.put("shuffled", own_numbers(linear, rows["real"], sentences.encode(shuffled), shuffled))
     report.put("chance", {"clip_own_top1": 1 / min(CANDIDATES, len(set(prompts)))})
-    report.about["caption_score"] = f"own: linear map from own picture features to sentence embeddings (weights {sentences.identity}), fitted on the training split"
+    report.about["caption_score"] = ("own: linear map from own picture features to sentence embeddings "
+                                     f"(weights {sentences.identity}), fitted on the training split")
     report.notes.append("Caption score: the project's own, no CLIP was at hand. It compares only within this project, on the same data.")
+
+
+def distance_numbers(report: Report, rows: dict[str, torch.Tensor], reference: torch.Tensor | None, suffix: str) -> None:
+    """FID and KID of every column to real pictures that were not evaluated; the column `real` is what perfect pictures would get.
+
+    Without enough of those (None) the reference is the very pictures that the made ones answer to. Pairs are alike beyond their
+    distribution, so that in small sets KID falls below 0 and FID below that of other real pictures: the report says so.
+    """
+    if reference is None:
+        reference = rows["real"]
+        rows = {column: x for column, x in rows.items() if column != "real"}
+        report.notes.append("FID and KID are taken to the very pictures that the made ones answer to, as the split has no others: "
+                            "lower than to others, KID even below 0. Compare only with numbers taken in the same way.")
+    for column, x in rows.items():
+        report.put(column, {f"fid{suffix}": fid(reference, x), f"kid{suffix}": kid(reference, x)})
+    report.about["reference_count"] = len(reference)
 
 
 def evaluate_data(report: Report, args: argparse.Namespace, model: Model, features: Features) -> None:
     """Held-out pictures of a data folder: everything that needs real pictures beside the made ones."""
     pixels: Pixels = pixel_cache(args.data, args.split, model.size_px, args.cache)
-    both = choose(pixels, 2 * args.count, args.seed)  # its first half is the choice of `count`
-    pictures = both.some(list(range(min(args.count, len(both.prompts)))))
+    chosen = choose(pixels, 3 * args.count, args.seed)  # it begins with the choice of `count`; the rest is the reference
+    pictures = chosen.some(list(range(min(args.count, len(chosen.prompts)))))
     count = len(pictures.prompts)
     columns = columns_of(model, pictures, args.steps, args.seed)
     picture_numbers(report, model, pictures, columns)
 
     rows = {"real": features(pictures.images)} | {column: features(images) for column, images in columns.items()}
-    if len(both.prompts) == 2 * count:
-        rows["other"] = features(both.images[count:])
-    for column, x in rows.items():
-        if column != "real":
-            report.put(column, {f"fid{features.suffix}": fid(rows["real"], x), f"kid{features.suffix}": kid(rows["real"], x)})
-    rows.pop("other", None)
+    distance_numbers(report, rows, features(chosen.images[count:]) if len(chosen.prompts) >= 2 * count else None, features.suffix)
     own = features if features.suffix == "_own" else load_features("own", evaluator=args.evaluator)
     if own is not features:
         rows = {column: own(images) for column, images in ({"real": pictures.images} | columns).items()}
@@ -190,7 +202,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="val", help="which shards (default: %(default)s)")
     parser.add_argument("--count", type=int, default=128, help="pictures of the data (default: %(default)s)")
     parser.add_argument("--steps", type=lambda text: tuple(int(n) for n in text.split(",")), help="default: 1,2,4; 20 for a flow teacher")
-    parser.add_argument("--features", choices=("auto", "own", "inception"), default="auto", help="for FID and KID; auto = Inception if its weights are on the disk")
+    parser.add_argument("--features", choices=("auto", "own", "inception"), default="auto",
+                        help="for FID and KID; auto = Inception if its weights are on the disk, else own")
     parser.add_argument("--inception", type=Path, help="the Inception weight file")
     parser.add_argument("--clip", help="folder of a CLIP model (published CLIP scores: openai/clip-vit-large-patch14)")
     parser.add_argument("--evaluator", type=Path, default=EVALUATOR, help="model folder whose autoencoder and text encoder are the own evaluator")

@@ -118,7 +118,8 @@ def inception_features(path: Path) -> Features:
         raise ValueError(f"{path} holds no Inception weights that can be read safely ({str(error)[:200]}): wanted {INCEPTION_FILE}") from error
     name = hashlib.sha256(path.read_bytes()).hexdigest()
     suffix, weights = ("", "the published weights") if name == INCEPTION_SHA256 else ("_unpublished", f"NOT the published weights (SHA-256 {name[:16]})")
-    return Features(lambda x: network(x.to(device())), INCEPTION_PX, suffix, name[:16], f"Inception-v3 pool features, {weights}, pictures resized bicubic, antialiased")
+    about = f"Inception-v3 pool features, {weights}, pictures resized bicubic, antialiased"
+    return Features(lambda x: network(x.to(device())), INCEPTION_PX, suffix, name[:16], about)
 
 
 def load_features(kind: str, inception: Path | None = None, evaluator: Path = EVALUATOR) -> Features:

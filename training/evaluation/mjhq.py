@@ -78,7 +78,8 @@ def load(path: Path) -> np.ndarray:
 def folder_features(paths: list[Path], features: Features, cache: Path | None = None) -> torch.Tensor:
     """Features [N, D] of picture files, a few in memory at a time; with `cache` they are kept (by names, sizes, times)."""
     def all_of_them() -> torch.Tensor:
-        return torch.cat([features([load(path) for path in paths[i:i + BATCH]]) for i in tqdm(range(0, len(paths), BATCH), desc="features", mininterval=5)])
+        starts = tqdm(range(0, len(paths), BATCH), desc="features", mininterval=5)
+        return torch.cat([features([load(path) for path in paths[i:i + BATCH]]) for i in starts])
     if cache is None:
         return all_of_them()
     key = digest(features.identity, *(f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in paths))

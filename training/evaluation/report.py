@@ -13,8 +13,8 @@ from training.evaluate import SHEET_ROWS, write_sheet
 
 # measure -> what it is; a measure of a task or category carries its name behind (geneval_counting)
 MEANINGS = {
-    "fid": "Fréchet distance to the real pictures in Inception features: the smaller the better; grows when there are fewer pictures",
-    "kid": "kernel distance to the real pictures in Inception features: the smaller the better; unbiased, may fall below 0",
+    "fid": "Fréchet distance to other real pictures in Inception features; `real` is what perfect pictures would get; grows when there are fewer",
+    "kid": "kernel distance to other real pictures in Inception features; unbiased, about 0 for perfect pictures, may fall below",
     "fid_own": "the same distance in the project's own features: NOT comparable with published FIDs",
     "kid_own": "the same distance in the project's own features: NOT comparable with published KIDs",
     "fid_unpublished": "the same distance in an Inception of other weights: NOT comparable with published FIDs",
@@ -34,7 +34,7 @@ MEANINGS = {
     "mjhq_kid_own": "MJHQ-30K: distance in the project's own features, NOT comparable with published KIDs",
     "mjhq_clip": "MJHQ-30K: CLIP score",
 }
-COLUMNS = {"off": "no lines, fewest steps", "vae": "autoencoder only", "real": "real pictures", "other": "other real pictures",
+COLUMNS = {"off": "no lines, fewest steps", "vae": "autoencoder only", "real": "real pictures",
            "shuffled": "real, another's caption", "chance": "chance"}
 
 
