@@ -72,13 +72,15 @@ class Corpus:
                      null_text.to(device()), null_mask.to(device()), rows, captions)
 
     def draw(self, count: int, draws: Draws) -> Batch:
-        """A random batch: pictures by weight, one of each picture's drawings and captions, some captions empty."""
-        rng = draws.numpy
-        rows = np.minimum(np.searchsorted(self.cumulative, rng.random(count)), len(self.cumulative) - 1)
+        """A random batch: pictures by weight, one of each picture's drawings and captions, some captions empty.
+
+        `count` samples of the whole batch that all processes and micro-batches draw alike (Draws.mine)."""
+        rng, mine = draws.numpy, draws.mine(count)
+        rows = np.minimum(np.searchsorted(self.cumulative, rng.random(count * draws.world)), len(self.cumulative) - 1)
         first = self.pixels.first_ink
         inks = np.array([rng.integers(first[r], first[r + 1]) for r in rows])
         captions = [str(rng.choice(self.pixels.captions[r])) if rng.random() >= self.config.caption_dropout else "" for r in rows]
-        return self.gather(rows, inks, captions)
+        return self.gather(rows[mine], inks[mine], captions[mine])
 
     def fixed(self, count: int) -> Batch:
         """The same evenly spread pictures every time, first drawing, first caption: for previews and validation."""
