@@ -10,6 +10,7 @@ from sana_app.model import trigflow
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.convert import sprint_from_teacher
 from sana_app.model.network import TrigFlowTeacher
+from training.batches import Batch
 from training.discriminator import Discriminator, Head
 from training.flow import flow_loss, flow_path, shifted_time
 from training.losses import (
@@ -21,6 +22,7 @@ from training.losses import (
     scm_tangent,
     tangent_directions,
 )
+from training.sampling import guided_F
 from training.student import Logvar, adversarial_times
 
 SIGMA = trigflow.SIGMA_DATA
@@ -193,6 +195,19 @@ def test_real_and_fake_reach_different_logits_and_the_teacher_stays_frozen():
     x = fake.clone().requires_grad_(True)
     hinge_generator(disc(x, t, text, mask)).mean().backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_autoguidance_moves_away_from_the_weak_teacher_and_a_copy_of_the_teacher_changes_nothing():
+    g = torch.Generator().manual_seed(0)
+    teacher, weak = (TrigFlowTeacher(small_teacher(seed)).requires_grad_(False) for seed in (0, 1))
+    text, mask, t = torch.randn(2, 5, 16, generator=g), torch.ones(2, 5), torch.tensor([0.4, 1.2])
+    x, no_text = torch.randn(2, 4, 4, 4, generator=g), torch.zeros(2, 5, 16)
+    batch = Batch(x0=x, cond=x, text=text, mask=mask, null_text=no_text, null_mask=mask, rows=None, captions=[])
+    plain = guided_F(teacher, x, t, batch, 2.0)
+    torch.testing.assert_close(guided_F(teacher, x, t, batch, 2.0, 1.0, teacher, 3.0), plain)
+    moved = guided_F(teacher, x, t, batch, 2.0, 1.0, weak, 3.0) - plain
+    torch.testing.assert_close(moved, 3 * (teacher(x, t, text, mask) - weak(x, t, text, mask)), atol=1e-5, rtol=1e-4)
+    assert moved.abs().mean() > 1e-3
 
 
 def test_hinge_losses_have_their_known_values():

@@ -73,6 +73,7 @@ class Config:
     controlnet_lr: float = 1e-3
     controlnet_base_lr: float = 0.0    # learning rate of the teacher beneath it; 0 = frozen, as published
     controlnet_no_lines: float = 0.15  # share of samples without lines when the base learns too, so that it does not forget
+    controlnet_weak_share: float = 0.0 # part of the steps after which the averaged weights are kept as the weak teacher of autoguidance; 0 = never
     # base: published checkpoints, fine-tuning, large pictures
     frozen_bf16: bool = False          # frozen networks (teacher, base under a ControlNet) held in bf16: half their memory
     interpolation_scale: float = 0.0   # sine-cosine positions of this scale (published: 1 at 2048 px, 2 at 4096 px); 0 = as the base has it
@@ -125,6 +126,7 @@ class Config:
     guidance: tuple = (4.0, 4.5, 5.0)  # guidance scales the student is trained for
     guidance_gain: float = 1.0         # the teacher's scale is 1 + gain * (w - 1): below 1 for a small teacher, which saturates early,
                                        # while the student keeps the published range of w, and with it stock pipelines' default
+    autoguidance: float = 0.0          # weight of (teacher - weak teacher) in the field the student learns; 0 = none
     disc_blocks: tuple = (2, 4, 6, 7)  # teacher blocks whose output the discriminator reads
     ema: float = 0.999                 # decay of the averaged weights that are saved; ramped up from 0
     lr_warmup_steps: int = 50

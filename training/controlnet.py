@@ -72,6 +72,8 @@ def train_controlnet(config: Config, out: Path) -> None:
     if ema:
         shard_model(averaged, config)
 
+    weak_step = round(config.controlnet_weak_share * config.controlnet_steps)
+
     def loss_of(x0, z, s, text, mask, cond, scale) -> torch.Tensor:
         with autocast(config):
             v = predict_flow(base, flow_path(x0, z, s), s, text, mask, None, controlnet, cond, scale)
@@ -91,6 +93,8 @@ def train_controlnet(config: Config, out: Path) -> None:
         numbers = apply_gradients(opt, step, config.controlnet_steps, config.teacher_clip, config, total)
         if ema:
             ema.update(trained, step)
+        if step + 1 == weak_step:
+            save_folder(out / "controlnet" / "weak", {"controlnet": average.controlnet} | ({"transformer": average.transformer} if joint else {}))
         return {"loss": total, **numbers}
 
     def preview(step: int, folder: Path) -> dict[str, float]:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from diffusers import SCMScheduler
 
+from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.controlnet import SanaSprintControlNetModel
 from sana_app.model.convert import sprint_from_teacher
 from sana_app.model.folder import read_json
 from sana_app.model.network import TrigFlowTeacher
 from training.base import frozen_dtype, load_part, load_transformer, save_folder, with_base
 from training.config import Config
+from training.loop import device
 
 SHARED_KEYS = ("in_channels", "caption_channels", "patch_size", "num_attention_heads", "attention_head_dim")
 
@@ -71,6 +73,21 @@ def start_pair(config: Config, out: Path) -> tuple[TrigFlowTeacher, TrigFlowTeac
     student.requires_grad_(True)
     student.transformer.requires_grad_(config.student_base)
     return teacher.to(frozen_dtype(config)).requires_grad_(False).eval(), student
+
+
+def weak_teacher(config: Config, out: Path) -> TrigFlowTeacher | None:
+    """The frozen weak teacher of autoguidance, which the ControlNet stage left in weak/ beside its result; None without autoguidance."""
+    if not config.autoguidance:
+        return None
+    teacher_at = find_folders(config, out)[0]
+    folder = teacher_at / "weak"
+    if not (folder / "controlnet" / "config.json").is_file():
+        raise ValueError(f"autoguidance={config.autoguidance:g} wants a weak teacher at {folder}: run the controlnet stage with controlnet_weak_share "
+                         "above 0, or put an earlier, weaker transformer/ and controlnet/ there")
+    transformer_at = folder if (folder / "transformer" / "config.json").is_file() else teacher_at  # it was frozen beneath its ControlNet
+    pair = TrigFlowTeacher(load_transformer(transformer_at), load_part(folder / "controlnet", SanaSprintControlNetModel))
+    use_explicit_softmax(pair)
+    return pair.to(device(), frozen_dtype(config)).requires_grad_(False).eval()
 
 
 def save_student(config: Config, out: Path, average: TrigFlowTeacher) -> None:

@@ -37,7 +37,7 @@ RECIPES: dict[str, dict] = {
     "tiny-cpu": dict(data="assets/sample", size_px=64, precision="fp32", preview_steps=0, save_minutes=1.0,
                      ae_channels=(16, 16, 32, 32, 64), ae_decoder_layers=(0, 1, 1, 1, 1), ae_latent_channels=16, ae_steps=60, ae_batch=8, ae_crop_px=32,
                      heads=4, cross_heads=4, layers=4, teacher_steps=40, teacher_batch=16, controlnet_layers=2, controlnet_steps=40, controlnet_batch=16,
-                     controlnet_base_lr=5e-4, student_steps=20, student_batch=8, decoder_steps=20, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
+                     controlnet_base_lr=5e-4, controlnet_weak_share=0.5, autoguidance=0.5, student_steps=20, student_batch=8, decoder_steps=20, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
     # two CPU cores, an evening
     "emoji-128": dict(data="runs/data/emoji-128", size_px=128, compile=True, ae_steps=2500, teacher_steps=500, preview_steps=500, controlnet_steps=2300,
                       controlnet_base_lr=8e-4, controlnet_no_lines=0.12, student_steps=700, student_batch=16, student_lr=2e-4, student_disc_lr=5e-4,

@@ -10,15 +10,20 @@ from training.batches import Batch
 
 
 def guided_F(teacher: TrigFlowTeacher, x: torch.Tensor, t: torch.Tensor, batch: Batch, w: torch.Tensor | float,
-             scale: torch.Tensor | float = 1.0) -> torch.Tensor:
-    """Classifier-free guidance: F_u + w·(F_c - F_u), both halves in one forward. x = x_t / sigma_data [B, C, h, w], t [B], w [B]
-    or number, `scale` the conditioning scale (number or [B])."""
+             scale: torch.Tensor | float = 1.0, weak: TrigFlowTeacher | None = None, weak_weight: float = 0.0) -> torch.Tensor:
+    """Classifier-free guidance F_u + w·(F_c - F_u), both halves in one forward; with a `weak` teacher, an earlier state of the same
+    run, also autoguidance + weak_weight·(F_c - F_weak): away from what the longer training mended (Karras et al., arXiv 2406.02507).
+
+    x = x_t / sigma_data [B, C, h, w], t [B], w [B] or number, `scale` the conditioning scale (number or [B]).
+    """
     twice = lambda a: torch.cat([a, a])
-    scale = twice(scale) if torch.is_tensor(scale) else scale
     F_c, F_u = teacher(twice(x), twice(t), torch.cat([batch.text, batch.null_text]), torch.cat([batch.mask, batch.null_mask]),
-                       twice(batch.cond), scale).chunk(2)
+                       twice(batch.cond), twice(scale) if torch.is_tensor(scale) else scale).chunk(2)
     w = w.view(-1, 1, 1, 1) if torch.is_tensor(w) else w
-    return F_u + w * (F_c - F_u)
+    F = F_u + w * (F_c - F_u)
+    if weak is not None:
+        F = F + weak_weight * (F_c - weak(x, t, batch.text, batch.mask, batch.cond, scale))
+    return F
 
 
 @torch.no_grad()

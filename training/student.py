@@ -22,7 +22,7 @@ from training.discriminator import Discriminator
 from training.distributed import refuse_fsdp
 from training.loop import Draws, Ema, apply_gradients, autocast, device, layer_groups, local_batch, make_optimizer, maybe_compile, run
 from training.losses import hinge_discriminator, hinge_generator, jvp_of_student, normalised_tangent, scm_loss, scm_tangent
-from training.pair import save_student, start_pair, with_folders
+from training.pair import save_student, start_pair, weak_teacher, with_folders
 from training.sampling import guided_F, sample_student
 from training.sheets import contact_sheet
 
@@ -59,15 +59,17 @@ class Distillation:
     """The three losses of the student, each a mean over a batch. `r` is the warm-up of the sCM tangent, `scale` [B] the
     conditioning scale (0 = without lines), `w` [B] the guidance scale; x_t, x0, z have std sigma_data."""
 
-    def __init__(self, config: Config, teacher: TrigFlowTeacher, student: TrigFlowTeacher, disc: Discriminator, logvar: Logvar):
-        self.config, self.teacher, self.student, self.disc, self.logvar = config, teacher, student, disc, logvar
+    def __init__(self, config: Config, teacher: TrigFlowTeacher, student: TrigFlowTeacher, disc: Discriminator, logvar: Logvar,
+                 weak: TrigFlowTeacher | None = None):
+        self.config, self.teacher, self.student, self.disc, self.logvar, self.weak = config, teacher, student, disc, logvar, weak
 
     def consistency(self, x_t, t, w, batch: Batch, scale, r) -> torch.Tensor:
         """sCM: the student's own tangent, with the guided teacher as the field."""
         student, x = self.student, x_t / SIGMA_DATA
         with autocast(self.config):
             with torch.no_grad():
-                dxdt = SIGMA_DATA * guided_F(self.teacher, x, t, batch, 1 + self.config.guidance_gain * (w - 1), scale)
+                w_teacher = 1 + self.config.guidance_gain * (w - 1)
+                dxdt = SIGMA_DATA * guided_F(self.teacher, x, t, batch, w_teacher, scale, self.weak, self.config.autoguidance)
                 function = lambda x, t: student(x, t, batch.text, batch.mask, batch.cond, scale, w)
                 F_minus, dF = jvp_of_student(function, x, t, dxdt)
                 g = normalised_tangent(scm_tangent(F_minus, dF, x_t, dxdt, t, r))
@@ -152,7 +154,7 @@ def train_student(config: Config, out: Path) -> None:
     groups[-1][0].extend(logvar.parameters())
     opt = make_optimizer(groups, config)
     disc_opt = make_optimizer([(list(disc.parameters()), config.student_disc_lr)], config)
-    losses = Distillation(config, teacher, student, disc, logvar)
+    losses = Distillation(config, teacher, student, disc, logvar, weak_teacher(config, out))
     for name in ("consistency", "adversarial", "discriminate"):
         setattr(losses, name, maybe_compile(config.compile_denoiser, getattr(losses, name)))
 
