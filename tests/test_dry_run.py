@@ -21,10 +21,9 @@ SIZES = ["ae_channels=8,8,16,16,16", "ae_latent_channels=8", "ae_batch=4", "head
          "controlnet_batch=4", "student_batch=4", "disc_blocks=0,2"]
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
+def start_folder(folder: Path) -> Path:
     """A run folder in which every stage of the chain finds what it starts from, with random weights."""
-    folder, config = tmp_path_factory.mktemp("run"), load_config("tiny-cpu", SIZES)
+    config = load_config("tiny-cpu", SIZES)
     torch.manual_seed(0)
     build_autoencoder(config).save_pretrained(folder / "autoencoder" / "vae")
     teacher = build_teacher(config, 8, config.size_px // 16, 384)
@@ -32,6 +31,11 @@ def out(tmp_path_factory) -> Path:
     teacher.save_pretrained(folder / "controlnet" / "transformer")
     SanaSprintControlNetModel.from_transformer(teacher, 1).save_pretrained(folder / "controlnet" / "controlnet")
     return folder
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return start_folder(tmp_path_factory.mktemp("run"))
 
 
 def dry(monkeypatch, capsys, out: Path, stage: str, *sets: str) -> str:
