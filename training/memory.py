@@ -172,13 +172,12 @@ def out_of_memory_message(name: str, config: Config, batch: int, parts: dict, tr
     if checkpointed is not None:
         helps.append(f"checkpointing=true: activations about {checkpointed:.2f} GiB, a third slower")
     if config.optimizer == "adamw":
-        helps.append(f"optimizer=adamw8bit: optimiser {held['optimiser'] / 4:.2f} instead of {held['optimiser']:.2f} GiB")
+        lighter, share = ("came", 2) if config.fsdp else ("adamw8bit", 4)  # bitsandbytes does not know shards
+        helps.append(f"optimizer={lighter}: optimiser {held['optimiser'] / share:.2f} instead of {held['optimiser']:.2f} GiB")
     if world() > 1 and not config.fsdp and name != "student":
         helps.append(f"fsdp=true: weights, gradients and optimiser {sum(held.values()) / world():.2f} instead of {sum(held.values()):.2f} GiB a process")
     if config.precision == "fp32":
         helps.append(f"precision=bf16{about(1 / 2)}")
     helps.append(f"size_px={config.size_px // 2} instead of {config.size_px}{about(1 / 4)}")
-    if config.optimizer == "adamw":
-        helps.append(f"optimizer=came: optimiser {held['optimiser'] / 2:.2f} instead of {held['optimiser']:.2f} GiB")
     helps.append("a smaller batch of the stage, with a lower learning rate")
     return "\n".join([text + ".", "What would help (--set):", *(f"  {h}" for h in helps[:3])])
