@@ -34,14 +34,15 @@ def ink_from_rgb(image: np.ndarray) -> np.ndarray:
     return np.round(np.clip(ink, 0, 1) * 255).astype(np.uint8)
 
 
-def resize_ink(ink: np.ndarray, size: int) -> np.ndarray:
-    """Ink of any size -> uint8 [size, size]; area average down, linear up, thin lines kept at full strength."""
+def resize_ink(ink: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Ink of any size -> uint8 [size, size], or [height, width]; area average down, linear up, thin lines kept at full strength."""
     if ink.dtype != np.uint8 or ink.ndim != 2 or 0 in ink.shape:
         raise ValueError(f"ink is uint8 [H, W] with 255 = ink; got {ink.dtype} {ink.shape}")
-    if ink.shape == (size, size):
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if ink.shape == (height, width):
         return ink
-    shrinking = min(ink.shape) > size
-    out = cv2.resize(ink, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+    shrinking = min(ink.shape) > min(height, width)
+    out = cv2.resize(ink, (width, height), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
     if shrinking:
         out = np.clip(out.astype(np.float32) * INK_GAIN, 0, 255).astype(np.uint8)
     return out

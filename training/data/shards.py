@@ -19,9 +19,9 @@ import cv2
 import numpy as np
 
 from sana_app.lines import ink_from_rgb
+from training.data.sources import PICTURES, groups, list_shards, split_name  # noqa: F401  (others take split_name from here)
 
 log = logging.getLogger(__name__)
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass
@@ -46,7 +46,9 @@ def encode_png(image: np.ndarray) -> bytes:
 
 def decode_picture(data: bytes, name: str) -> np.ndarray:
     """Picture bytes -> RGB uint8 [H, W, 3] over white. ValueError names the file."""
-    raw = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    # a photograph is turned as its EXIF data say, which IMREAD_UNCHANGED would ignore
+    flags = cv2.IMREAD_COLOR if data[:2] == b"\xff\xd8" else cv2.IMREAD_UNCHANGED
+    raw = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     if raw is None or raw.dtype != np.uint8:
         raise ValueError(f"{name}: not an 8-bit picture that can be read; wanted PNG, JPEG or WebP")
     if raw.ndim == 2:
@@ -92,79 +94,69 @@ class ShardWriter:
             self.tar = None
 
 
+def read_captions(key: str, files: dict[str, bytes]) -> tuple[list[str], dict]:
+    """(captions, everything else in KEY.json). The captions are those of KEY.json, else the lines of KEY.txt."""
+    meta: dict = {}
+    if ".json" in files:
+        try:
+            meta = json.loads(files[".json"])
+        except ValueError as error:
+            raise ValueError(f"{key}.json: not JSON: {error}") from error
+        if not isinstance(meta, dict):
+            raise ValueError(f"{key}.json: holds a {type(meta).__name__}, wanted an object like {{\"caption\": \"...\"}}")
+    if "captions" in meta or "caption" in meta:
+        captions = [str(c) for c in meta.pop("captions", [])] or [str(meta.pop("caption", ""))]
+    elif ".txt" in files:
+        captions = [line.strip() for line in files[".txt"].decode("utf-8", "replace").splitlines() if line.strip()] or [""]
+    else:
+        raise ValueError(f"{key}: no caption; wanted {key}.txt (one caption a line) or {key}.json")
+    return captions, meta
+
+
 def build_sample(key: str, files: dict[str, bytes]) -> Sample:
     """Files of one key (extension -> bytes) -> Sample. ValueError names what is missing or broken."""
     picture = next((ext for ext in PICTURES if ext in files), None)
     if picture is None:
         raise ValueError(f"{key}: no picture; wanted one of {', '.join(key + e for e in PICTURES)}")
-    meta: dict = {}
-    if ".json" in files:
-        meta = json.loads(files[".json"])
-        captions = list(meta.pop("captions", [])) or [str(meta.pop("caption", ""))]
-    elif ".txt" in files:
-        captions = [line.strip() for line in files[".txt"].decode("utf-8", "replace").splitlines() if line.strip()] or [""]
-    else:
-        raise ValueError(f"{key}: no caption; wanted {key}.txt (one caption a line) or {key}.json")
+    captions, meta = read_captions(key, files)
+    image = decode_picture(files[picture], key + picture)
     lines = [ink_from_rgb(decode_picture(files[ext], key + ext)) for ext in sorted(files) if ext.startswith(".lines")]
+    for ink in lines:
+        if abs(ink.shape[1] * image.shape[0] / (ink.shape[0] * image.shape[1]) - 1) > 0.02:
+            raise ValueError(f"{key}: the lines are {ink.shape[1]}x{ink.shape[0]}, the picture {image.shape[1]}x{image.shape[0]}: they must have one aspect ratio")
     conds = [decode_picture(files[ext], key + ext) for ext in sorted(files) if ext.startswith(".cond")]
-    return Sample(key, decode_picture(files[picture], key + picture), lines, captions, meta, conds)
+    return Sample(key, image, lines, captions, meta, conds)
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """`a/b.lines0.png` -> (`a/b`, `.lines0.png`); `a/b.v2.png` -> (`a/b.v2`, `.png`)."""
-    stem, dot, ext = name.rpartition(".")
-    head, _, middle = stem.rpartition(".")
-    if middle.startswith(("lines", "cond")) and head:
-        return head, f".{middle}.{ext.lower()}"
-    return stem, f"{dot}{ext.lower()}"
-
-
-def _tar_groups(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    key, files = None, {}
-    with tarfile.open(path) as tar:
-        for info in tar:
-            if not info.isfile():
-                continue
-            name, ext = split_name(info.name)
-            if name != key and files:
-                yield key, files
-                files = {}
-            key = name
-            files[ext] = tar.extractfile(info).read()
-    if files:
-        yield key, files
-
-
-def _folder_groups(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    groups: dict[str, dict[str, Path]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".tar"):
-        key, ext = split_name(path.relative_to(folder).as_posix())
-        if ext in PICTURES + (".txt", ".json") or ext.startswith((".lines", ".cond")):
-            groups.setdefault(key, {})[ext] = path
-    for key, paths in groups.items():
-        if any(ext in PICTURES for ext in paths):
-            yield key, {ext: path.read_bytes() for ext, path in paths.items()}
+def enough(source: str | Path, split: str, good: int, broken: list[str], count: int) -> None:
+    """ValueError when nothing, or less than half, of a data set is usable. `broken`: some of the `count` messages."""
+    if good == 0 or count > good:
+        raise ValueError(f"{source}: {good} usable samples, {count} broken; wanted NAME.png + NAME.txt (+ NAME.lines.png), or {split}-*.tar shards"
+                         + (f". The first: {broken[0]}" if broken else ""))
 
 
 def read_samples(source: str | Path, split: str = "train") -> Iterator[Sample]:
-    """Samples of a folder: its SPLIT-*.tar shards, or, without any shards, its loose pictures (then every split is the whole).
+    """Samples of one data set (sources.py): its SPLIT-*.tar shards, or, without any shards, its loose pictures (then every split is
+    the whole).
 
     Raises ValueError when the folder holds neither, or when more than half of what it holds is broken.
     """
-    source = Path(source)
-    shards = sorted(source.glob(f"{split}-*.tar"))
-    if not shards and any(source.glob("*.tar")):
-        raise ValueError(f"{source} has shards, but none named {split}-*.tar; found {[p.name for p in source.glob('*.tar')][:3]}")
-    groups = (g for s in shards for g in _tar_groups(s)) if shards else _folder_groups(source)
-    good = bad = 0
-    for key, files in groups:
-        try:
-            sample = build_sample(key, files)
-        except (ValueError, UnicodeDecodeError) as error:
-            bad += 1
-            log.warning("skipped %s (%d so far)", error, bad)
-            continue
-        good += 1
-        yield sample
-    if good == 0 or bad > good:
-        raise ValueError(f"{source}: {good} usable samples, {bad} broken; wanted NAME.png + NAME.txt (+ NAME.lines.png), or {split}-*.tar shards")
+    good, broken = 0, []
+    for shard in list_shards(str(source), split):
+        for key, files in groups(shard):
+            try:
+                sample = usable(key, files)
+            except ValueError as error:
+                broken.append(str(error))
+                log.warning("skipped %s (%d so far)", error, len(broken))
+                continue
+            good += 1
+            yield sample
+    enough(source, split, good, broken, len(broken))
+
+
+def usable(key: str, files: dict[str, bytes] | Exception) -> Sample:
+    """The sample of one group of files. ValueError names what is broken."""
+    if isinstance(files, Exception):
+        raise ValueError(str(files)) from files
+    return build_sample(key, files)
