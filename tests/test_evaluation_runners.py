@@ -268,7 +268,7 @@ def test_one_command_leaves_one_table_and_one_sheet_of_everything(folder, inputs
     report = evaluate(command(folder, inputs, tmp_path, "--reference", str(written / "mjhq")))
     flat = json.loads((tmp_path / "report.json").read_text())
     wanted = [f"{measure}_{column}" for measure in ("fid_own", "kid_own", "clip_own", "line_f1", "sharpness_ratio") for column in ("1step", "2step", "off", "vae")]
-    wanted += ["clip_own_real", "clip_own_shuffled", "clip_own_top1_1step", "fid_own_real", "psnr_db_vae", "latency_ms_1step", "images_per_s_2step",
+    wanted += ["clip_own_real", "clip_own_shuffled", "clip_own_top1_1step", "kid_own_real", "psnr_db_vae", "latency_ms_1step", "images_per_s_2step",
                "mjhq_fid_own_1step", "mjhq_kid_own_2step"]
     assert all(np.isfinite(flat[key]) for key in wanted)
     assert flat["clip_own_top1_chance"] == 1 / 5
@@ -301,7 +301,7 @@ def test_a_folder_without_controlnet_and_without_training_split_is_evaluated_as_
     flat = evaluate(args).flat()
     assert np.isfinite(flat["fid_own_1step"]) and flat["count"] == 3
     assert "line_f1_1step" not in flat and "fid_own_off" not in flat and "clip_own_1step" not in flat
-    assert "fid_own_real" not in flat and any("very pictures that the made ones answer to" in note for note in flat["notes"])
+    assert "kid_own_real" not in flat and any("too few for FID" in note for note in flat["notes"]) and any("very pictures that the made ones answer to" in note for note in flat["notes"])
     assert any("No caption score" in note and "at least 32" in note for note in flat["notes"])
 
 

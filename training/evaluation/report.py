@@ -13,8 +13,8 @@ from training.evaluate import SHEET_ROWS, write_sheet
 
 # measure -> what it is; a measure of a task or category carries its name behind (geneval_counting)
 MEANINGS = {
-    "fid": "Fréchet distance to other real pictures in Inception features; `real` is what perfect pictures would get; grows when there are fewer",
-    "kid": "kernel distance to other real pictures in Inception features; unbiased, about 0 for perfect pictures, may fall below",
+    "fid": "Fréchet distance to the real pictures of the same prompts in Inception features; grows when there are fewer pictures",
+    "kid": "kernel distance to other real pictures in Inception features; unbiased: about 0 for perfect pictures, and below as often as above",
     "fid_own": "the same distance in the project's own features: NOT comparable with published FIDs",
     "kid_own": "the same distance in the project's own features: NOT comparable with published KIDs",
     "fid_unpublished": "the same distance in an Inception of other weights: NOT comparable with published FIDs",
