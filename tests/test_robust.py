@@ -14,7 +14,7 @@ import torch
 
 from training.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from training.config import Config
-from training.loop import Draws, Ema, adamw, apply_gradients, run
+from training.loop import Draws, Ema, adamw, apply_gradients, make_optimizer, run
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30
@@ -197,6 +197,18 @@ def test_a_checkpoint_without_the_count_still_loads(tmp_path):
     save_checkpoint(tmp_path / "tiny" / "checkpoints", 4, {"model": tiny.model, "opt": tiny.opt})
     tiny.run()
     assert len(tiny.weights) == 2
+
+
+def test_a_resumed_run_takes_the_new_learning_rate_and_refuses_another_optimiser(tmp_path):
+    Tiny(tmp_path, 4).run()
+    slower = Tiny(tmp_path, 8)
+    slower.opt.param_groups[0]["peak"] = 0.0
+    slower.run()
+    assert len(slower.weights) == 4 and torch.equal(slower.weights[0], slower.weights[-1])
+    other = Tiny(tmp_path, 12)
+    other.opt = make_optimizer([(list(other.model.parameters()), 1e-2)], Config(optimizer="came"))
+    with pytest.raises(ValueError, match="another one than Came"):
+        other.run()
 
 
 class Hungry(torch.nn.Module):

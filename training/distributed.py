@@ -207,15 +207,28 @@ def like(tensor: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
 
 
 def load_whole(part: object, state: dict) -> None:
-    """`part.load_state_dict(state)`, for a module or an optimiser in shards too."""
+    """`part.load_state_dict(state)`, for a module or an optimiser in shards too.
+
+    An optimiser keeps the peak learning rates it was made with: a run may go on with a lower one. ValueError when the state is
+    that of another kind of optimiser.
+    """
     if isinstance(part, torch.nn.Module) and is_sharded(part):
         patterns = part.state_dict()
         state = {name: like(tensor, patterns[name]) if name in patterns else tensor for name, tensor in state.items()}
-    elif is_sharded(part):
+    if not isinstance(part, torch.optim.Optimizer):
+        part.load_state_dict(state)
+        return
+    missing = set(part.param_groups[0]) - set(state["param_groups"][0])
+    if missing:
+        raise ValueError(f"the optimiser was another one than {type(part).__name__}: it had no {', '.join(sorted(missing))}")
+    if is_sharded(part):
         params = [p for group in part.param_groups for p in group["params"]]
         shard = lambda p, v: like(v, p) if torch.is_tensor(v) else v
         state = {**state, "state": {i: {k: shard(params[i], v) for k, v in s.items()} for i, s in state["state"].items()}}
+    peaks = [group["peak"] for group in part.param_groups]
     part.load_state_dict(state)
+    for group, peak in zip(part.param_groups, peaks):
+        group["peak"] = peak
 
 
 def save_model(module: torch.nn.Module, folder: Path) -> None:
