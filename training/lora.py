@@ -38,8 +38,8 @@ from training.batches import Batch, Corpus, weights_hash
 from training.checkpoint import write_atomic
 from training.config import Config
 from training.discriminator import Discriminator
-from training.distributed import is_main, main_first
-from training.flow import flow_loss, flow_path, shifted_time
+from training.distributed import is_main, main_first, refuse_fsdp
+from training.flow import flow_loss, flow_path, resolution_shift, shifted_time
 from training.loop import Draws, apply_gradients, autocast, code_version, device, local_batch, run
 from training.lora_pictures import captioned, draw_class
 from training.lora_suggest import CLASS_PICTURES, settled
@@ -48,6 +48,7 @@ from training.optim import make_optimizer
 from training.sampling import sample_student, sample_teacher
 from training.sheets import contact_sheet
 from training.student import Distillation, Logvar
+from training.teacher import latent_shape
 from training.text import load_text_encoder
 
 TARGETS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
@@ -125,10 +126,12 @@ def lines_scale(config: Config, draws: Draws, count: int) -> torch.Tensor:
 
 def flow_way(config: Config, net: TrigFlowTeacher) -> Callable:
     """Flow matching, as for the teacher."""
+    shift = config.teacher_shift or resolution_shift(config.size_px)
+
     def backward(step: int, draws: Draws, corpus: Corpus, weight: float) -> dict[str, float]:
         count = local_batch(config.lora_batch, config)
         batch = corpus.draw(count, draws)
-        z, s = draws.normal(*batch.x0.shape), shifted_time(draws.normal(count), config.teacher_shift)
+        z, s = draws.normal(*batch.x0.shape), shifted_time(draws.normal(count), shift)
         with autocast(config):
             v = predict_flow(net.transformer, flow_path(batch.x0, z, s), s, batch.text, batch.mask, None, net.controlnet, batch.cond,
                              lines_scale(config, draws, count))
@@ -200,15 +203,17 @@ def class_corpus(config: Config, out: Path, net: TrigFlowTeacher, corpus: Corpus
         with main_first():
             data = captioned(config.lora_prior_data, config.lora_prior_prompt, out / "cache", "lora_prior_prompt")
     else:
+        channels, side, _ = latent_shape(config, corpus)
         encode = load_text_encoder(config.text_encoder, config.max_tokens)[2]
         with main_first():
-            data = draw_class(net, config.lora_prior_prompt, config.lora_prior_images or CLASS_PICTURES, encode, corpus.latents.images.shape[1:],
+            data = draw_class(net, config.lora_prior_prompt, config.lora_prior_images or CLASS_PICTURES, encode, (channels, side, side),
                               corpus.decode, config, weights_hash(net.transformer), out / "cache")
     return Corpus(replace(config, data=data, toned_weight=1.0), out, "train")
 
 
 def train_lora(config: Config, out: Path) -> None:
     """Trains, and writes OUT/lora/pytorch_lora_weights.safetensors."""
+    refuse_fsdp(config, "an adapter is small, and the frozen model beneath can be held in bf16: frozen_bf16=true")
     if not config.data:
         raise ValueError("no pictures given: --set data=FOLDER with a handful of them, and NAME.txt beside each or lora_prompt=\"a photo of sks dog\"")
     base = find_base(config, out)
@@ -216,10 +221,11 @@ def train_lora(config: Config, out: Path) -> None:
         config = replace(base.config, data=captioned(config.data, config.lora_prompt, out / "cache", "lora_prompt"))
     corpus = Corpus(config, out, "train")
     net = load_network(base.folder)
-    check_fits(net.transformer, corpus.latents.images.shape[1], corpus.texts.states.shape[1])
+    channels, side, text_channels = latent_shape(config, corpus)
+    check_fits(net.transformer, channels, text_channels)
     teacher = load_teacher_for(net, base.teacher, config)
     sprint = net.transformer.config.guidance_embeds
-    config = settled(config, len(corpus.pixels.images), alternating=teacher is not None)
+    config = settled(config, len(corpus.pixels.captions), alternating=teacher is not None)
     if config.lora_lines and (net.controlnet is None or teacher is not None and teacher.controlnet is None):
         raise ValueError(f"lora_lines={config.lora_lines:g} wants a ControlNet in the base (and in the teacher): set lora_lines=0")
     prior = class_corpus(config, out, net, corpus)
@@ -233,7 +239,7 @@ def train_lora(config: Config, out: Path) -> None:
     parts: dict = {"adapter": adapter}
     if sprint:
         width = net.transformer.config.num_attention_heads * net.transformer.config.attention_head_dim
-        parts["logvar"] = logvar = Logvar(width, corpus.latents.images[0].size).to(device())
+        parts["logvar"] = logvar = Logvar(width, channels * side * side).to(device())
     groups = [([p for part in parts.values() for p in part.parameters()], config.lora_lr)]
     parts["opt"] = opt = make_optimizer(groups, config)
     disc_opt = None
@@ -253,14 +259,15 @@ def train_lora(config: Config, out: Path) -> None:
             for key, value in found.items():
                 numbers[key] = numbers.get(key, 0.0) + value / config.micro_batches
         on_disc = disc_opt is not None and step % 2 == 1
-        numbers |= apply_gradients(disc_opt if on_disc else opt, step, config.lora_steps, config.lora_clip, config)
+        total = sum(numbers.values())  # finite if all are
+        numbers |= apply_gradients(disc_opt if on_disc else opt, step, config.lora_steps, config.lora_clip, config, total)
         if disc_opt is not None and not on_disc:
             disc_opt.zero_grad(set_to_none=True)  # the adversarial pass went through the heads
         return numbers
 
     run("lora", out, config, config.lora_steps, parts, train_step, config.lora_batch, lambda step, folder: preview(step, folder, config, net, corpus), corpus.pixels.hash)
     captions = list(dict.fromkeys(c for cs in corpus.pixels.captions for c in cs))
-    about = {"name": out.name, "base": base.folder.name, "prompt": config.lora_prompt, "captions": captions[:20], "pictures": len(corpus.pixels.images),
+    about = {"name": out.name, "base": base.folder.name, "prompt": config.lora_prompt, "captions": captions[:20], "pictures": len(corpus.pixels.captions),
              "steps": config.lora_steps, "loss": "distillation" if teacher else "consistency" if sprint else "flow", "code": code_version()}
     if not is_main():
         return
