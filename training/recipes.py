@@ -21,7 +21,7 @@ CONTROLNET = PUBLISHED | dict(controlnet_layers=7, controlnet_base_lr=0.0, contr
 # times N(0.2, 1.6), tangent warm-up 4,000, lr 2e-6 for both sides, warm-up 5,000, blocks 2, 8, 14, 19 for either depth; batch and steps are
 # ours (public: 16 a GPU); every other step is the discriminator's. student_controlnet=False: text to image, as published
 STUDENT = PUBLISHED | dict(student_controlnet=False, scm_mean=0.2, scm_std=1.6, scm_warmup=4000, scm_weight=1.0, ladd_weight=0.5, ladd_t_max_share=0.5, guidance=(4.0, 4.5, 5.0),
-                           disc_blocks=(2, 8, 14, 19), student_lr=2e-6, student_disc_lr=2e-6, student_steps=40000, student_batch=512, micro_batches=32,
+                           disc_blocks=(2, 8, 14, 19), ladd_misaligned=True, student_lr=2e-6, student_disc_lr=2e-6, student_steps=40000, student_batch=512, micro_batches=32,
                            lr_warmup_steps=5000, checkpointing=False)  # the JVP cannot be checkpointed
 # the same losses, the student's transformer frozen: nothing of this is public, all ours. The ControlNet starts from its teacher's, so it may learn faster
 ONE_STEP_CONTROLNET = STUDENT | dict(student_controlnet=True, student_base=False, controlnet_layers=7, student_lr=1e-5, student_disc_lr=1e-5, student_steps=10000, student_batch=128,
