@@ -31,6 +31,10 @@ FINETUNE = PUBLISHED | dict(finetune_lr=2e-5, finetune_steps=10000, lr_warmup_st
 AT_512 = FINETUNE | dict(size_px=512, finetune_batch=256, micro_batches=4)
 AT_1024 = FINETUNE | dict(finetune_batch=128, micro_batches=8)
 AT_2048 = FINETUNE | dict(size_px=2048, interpolation_scale=1.0, vae_tiling=1024, finetune_batch=32, micro_batches=8)
+# diffusers' README_sana.md: 1 picture with 4 accumulated, constant 1e-4, rank 4; lora_rank, lora_steps and lora_lr are suggested from the pictures
+LORA = PUBLISHED | dict(caption_dropout=0.0, lora_batch=4, micro_batches=4, frozen_bf16=True, lr_warmup_steps=10, lr_final=1.0, preview_steps=0)
+# on a Sprint model, with its flow teacher (--set lora_teacher=FOLDER) or without
+LORA_SPRINT = LORA | dict(guidance=(4.0, 4.5, 5.0), scm_warmup=1, disc_blocks=(2, 8, 14, 19), checkpointing=False, frozen_bf16=False)
 
 RECIPES: dict[str, dict] = {
     # the whole chain in under two minutes on two cores, for the tests and for a first look
@@ -59,6 +63,10 @@ RECIPES: dict[str, dict] = {
     "sana-1.6b-student": STUDENT | WIDTH_16,
     "sana-0.6b-controlnet-student": ONE_STEP_CONTROLNET | WIDTH_06,
     "sana-1.6b-controlnet-student": ONE_STEP_CONTROLNET | WIDTH_16,
+    "sana-0.6b-lora": LORA | WIDTH_06,
+    "sana-1.6b-lora": LORA | WIDTH_16,
+    "sana-0.6b-sprint-lora": LORA_SPRINT | WIDTH_06,
+    "sana-1.6b-sprint-lora": LORA_SPRINT | WIDTH_16,
     "sana-0.6b-512": AT_512 | WIDTH_06,
     "sana-0.6b-1024": AT_1024 | WIDTH_06,
     "sana-0.6b-2048": AT_2048 | WIDTH_06,
