@@ -123,9 +123,9 @@ def test_stock_diffusers_and_ours_draw_the_same_with_it_and_unloading_restores_e
 
 
 def test_an_adapter_of_the_teacher_loads_in_the_stock_pipeline_and_lowers_the_flow_loss(places, tmp_path, capsys):
-    folder = train(places, tmp_path / "run", "lora_steps=60", "lora_batch=8", "lora_targets=q,k,v,out", base="teacher")
+    folder = train(places, tmp_path / "run", "lora_steps=40", "lora_batch=8", "lora_targets=q,k,v,out", base="teacher")
     assert read_adapter(folder / FILE)[2]["loss"] == "flow"
-    losses = [float(line.split("flow ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "flow " in line and line.startswith("lora 60")]
+    losses = [float(line.split("flow ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if "flow " in line and line.startswith("lora 40")]
     first = train(places, tmp_path / "one", "lora_steps=1", "lora_batch=8", base="teacher")
     begun = [float(line.split("flow ")[1].split()[0]) for line in capsys.readouterr().out.splitlines() if line.startswith("lora 1:")]
     assert first.exists() and len(losses) == len(begun) == 1 and losses[0] < 0.8 * begun[0]

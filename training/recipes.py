@@ -32,7 +32,7 @@ AT_512 = FINETUNE | dict(size_px=512, finetune_batch=256, micro_batches=4)
 AT_1024 = FINETUNE | dict(finetune_batch=128, micro_batches=8)
 AT_2048 = FINETUNE | dict(size_px=2048, interpolation_scale=1.0, vae_tiling=1024, finetune_batch=32, micro_batches=8)
 # diffusers' README_sana.md: 1 picture with 4 accumulated, constant 1e-4, rank 4; lora_rank, lora_steps and lora_lr are suggested from the pictures
-LORA = PUBLISHED | dict(caption_dropout=0.0, lora_batch=4, micro_batches=4, frozen_bf16=True, lr_warmup_steps=10, lr_final=1.0, preview_steps=0)
+LORA = PUBLISHED | dict(caption_dropout=0.0, optimizer="adamw", lora_batch=4, micro_batches=4, frozen_bf16=True, lr_warmup_steps=10, lr_final=1.0, preview_steps=0)
 # on a Sprint model, with its flow teacher (--set lora_teacher=FOLDER) or without
 LORA_SPRINT = LORA | dict(guidance=(4.0, 4.5, 5.0), scm_warmup=1, disc_blocks=(2, 8, 14, 19), checkpointing=False, frozen_bf16=False)
 
