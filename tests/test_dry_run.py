@@ -18,7 +18,7 @@ from training.memory import GIB, checkpointed_gib, more_micro_batches, standing_
 from training.teacher import build_teacher
 
 SIZES = ["ae_channels=8,8,16,16,16", "ae_latent_channels=8", "ae_batch=4", "heads=2", "cross_heads=2", "layers=3", "teacher_batch=4", "controlnet_layers=1",
-         "controlnet_batch=4", "student_batch=4", "disc_blocks=0,2"]
+         "controlnet_batch=4", "student_batch=4", "disc_blocks=0,2", "autoguidance=0"]
 
 
 def start_folder(folder: Path) -> Path:

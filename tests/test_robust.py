@@ -23,8 +23,8 @@ STEPS = 30
 class Server:
     """Runs the toy stage in real processes, forked from one that has torch loaded already: a start costs milliseconds."""
 
-    def __init__(self):
-        command = [sys.executable, str(ROOT / "tests" / "toy_stage.py"), "--serve", "--model", "line", "--steps", str(STEPS)]
+    def __init__(self, steps: int = STEPS):
+        command = [sys.executable, str(ROOT / "tests" / "toy_stage.py"), "--serve", "--model", "line", "--steps", str(steps)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         assert self.process.stdout.readline() == "ready\n"
 
@@ -64,17 +64,17 @@ def whole(server, tmp_path_factory) -> Path:
     return out
 
 
-def assert_same_end(a: Path, b: Path) -> None:
+def assert_same_end(a: Path, b: Path, steps: int = STEPS) -> None:
     """The last checkpoints hold the same bits."""
-    load = lambda out: torch.load(out / "toy" / "checkpoints" / f"step-{STEPS:07d}.pt", weights_only=True)["parts"]
+    load = lambda out: torch.load(out / "toy" / "checkpoints" / f"step-{steps:07d}.pt", weights_only=True)["parts"]
     torch.testing.assert_close(load(a), load(b), rtol=0, atol=0)
 
 
-def until_killed(server: Server, out: Path, rng: random.Random, while_writing: bool) -> int:
+def until_killed(server: Server, out: Path, rng: random.Random, while_writing: bool, steps: int = STEPS) -> int:
     """Starts the stage and kills it: after a random time, or as soon as it is seen writing a checkpoint; -> exit code."""
     pid = server.start(out)
     end = time.monotonic() + rng.uniform(0.0, 0.7)
-    while not (any((out / "toy" / "checkpoints").glob("*.tmp")) if while_writing else time.monotonic() > end) and newest_step(out / "toy" / "checkpoints") < STEPS:
+    while not (any((out / "toy" / "checkpoints").glob("*.tmp")) if while_writing else time.monotonic() > end) and newest_step(out / "toy" / "checkpoints") < steps:
         time.sleep(0.001)
     os.kill(pid, signal.SIGKILL)
     return server.wait()
@@ -91,26 +91,16 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(server, whole, tmp
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_the_same_command_resumes(whole, tmp_path):
-    command = [sys.executable, str(ROOT / "tests" / "toy_stage.py"), str(tmp_path), "--model", "line", "--steps", str(STEPS)]
-    checkpoints, rng, kills = tmp_path / "toy" / "checkpoints", random.Random(1), 0
-    while kills < 20:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        first = newest_step(checkpoints)
-        if kills % 3 == 0:  # while starting
-            time.sleep(rng.uniform(0, 3))
-        else:               # one step on; every other time while a checkpoint is being written
-            while process.poll() is None and newest_step(checkpoints) < min(first + 1, STEPS - 1):
-                time.sleep(0.001)
-            while kills % 2 and process.poll() is None and not any(checkpoints.glob("*.tmp")):
-                time.sleep(0.001)
-        process.kill()
-        kills += process.wait() == -signal.SIGKILL
-        if newest_step(checkpoints) >= STEPS - 1:
-            break
-    assert kills >= 15
-    assert subprocess.run(command, cwd=ROOT).returncode == 0
-    assert_same_end(whole, tmp_path)
+def test_killed_at_twenty_random_moments_it_resumes(tmp_path):
+    server, rng, codes = Server(300), random.Random(1), []
+    while codes.count(-signal.SIGKILL) < 20 and newest_step(tmp_path / "killed" / "toy" / "checkpoints") < 300:
+        codes.append(until_killed(server, tmp_path / "killed", rng, while_writing=len(codes) % 2 == 1, steps=300))
+    for out in ("killed", "whole"):
+        server.start(tmp_path / out)
+        assert server.wait() == 0
+    server.close()
+    assert codes.count(-signal.SIGKILL) == 20
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", 300)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
