@@ -19,6 +19,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 from diffusers.models.attention_processor import Attention
+from torch.autograd import forward_ad
 
 import training.student
 from sana_app.model import trigflow
@@ -65,14 +66,18 @@ def distillation(kind: type[Distillation] = Distillation, **overrides) -> Distil
     return kind(config, teacher, student, Discriminator(teacher, config.disc_blocks), Logvar(32, 64))
 
 
-def watch_student(losses: Distillation, steps: range) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def watch_student(losses: Distillation, steps: range) -> list[list[torch.Tensor]]:
     """(x, t) of every plain forward of the student (the JVP goes another way) during those steps."""
     seen = []
-    hook = losses.student.register_forward_pre_hook(lambda module, args: seen.append(args[:2]))
+
+    def look(module, args):
+        if forward_ad.unpack_dual(args[1]).tangent is None:
+            seen.append([a.detach() for a in args[:2]])
+    hook = losses.student.register_forward_pre_hook(look)
     for step in steps:
         losses.backward(step, Draws(0, step), ToyCorpus())
     hook.remove()
-    return [(x.detach(), t.detach()) for x, t in seen if not torch._C._functorch.is_functorch_wrapped_tensor(t)]
+    return seen
 
 
 # ---- t_max ------------------------------------------------------------------------------------------------------
