@@ -13,7 +13,7 @@ class Config:
     """Everything that shapes a run. Steps are optimiser steps; sizes are px; learning rates are peak values."""
 
     # data
-    data: str = ""                     # folder of shards or of loose pictures
+    data: str = ""                     # folder of shards or of loose pictures, tar files, URLs, pipe:COMMAND, or a mixture A*0.7,B*0.3 (data/sources.py)
     base: str = ""                     # model folder (diffusers layout) a stage starts from; "" = what the stage before left in OUT
     vae: str = ""                      # folder of a ready AutoencoderDC; "" = OUT/autoencoder/vae
     size_px: int = 128                 # side of the pictures
@@ -21,6 +21,16 @@ class Config:
     caption_dropout: float = 0.1       # share of samples trained with the empty prompt
     condition: str = "lines"           # what the ControlNet follows: lines, canny, hed, depth, or own (NAME.cond.png beside the picture)
     condition_weights: str = ""        # folder with the HED or depth network's weights; "" = fetched from the hub
+    # data: shapes, weights, augmentation, large sets
+    buckets: bool = False              # pictures keep about their aspect ratio (the published shapes of about size_px²); False = square
+    balance: str = ""                  # file with a weight for each picture, from `python -m training.balance`; "" = none
+    region_weight: float = 2.0         # loss weight inside a box (NAME.json: regions) that brings none of its own, against 1 outside
+    region_detector: str = ""          # module:function that finds boxes where a picture brings none, as training.regions:faces; "" = none
+    augment: int = 0                   # cropped and mirrored variants of each training picture, cached as further ones
+    augment_crop: float = 0.85         # the smallest such crop, in parts of the side
+    encode_batch: int = 64             # pictures encoded at once while caching; of captions 4 times as many
+    cache_part_mb: int = 512           # decoded pictures held in memory while caching
+    keep_pixels: bool = True           # False: drop the decoded training pictures once encoded (large sets; not for the autoencoder and decoder stages)
     # machine
     precision: str = "bf16"            # autocast type: bf16 or fp32; master weights are always fp32
     compile: bool = False              # torch.compile the autoencoder: 3 times as fast on two cores (needs a C++ compiler there)

@@ -74,10 +74,10 @@ def train_controlnet(config: Config, out: Path) -> None:
 
     weak_step = round(config.controlnet_weak_share * config.controlnet_steps)
 
-    def loss_of(x0, z, s, text, mask, cond, scale) -> torch.Tensor:
+    def loss_of(x0, z, s, text, mask, cond, scale, weight) -> torch.Tensor:
         with autocast(config):
             v = predict_flow(base, flow_path(x0, z, s), s, text, mask, None, controlnet, cond, scale)
-        return flow_loss(v, x0, z).mean()
+        return flow_loss(v, x0, z, weight).mean()
 
     loss_of = maybe_compile(config.compile_denoiser, loss_of)
 
@@ -87,7 +87,7 @@ def train_controlnet(config: Config, out: Path) -> None:
             batch = corpus.draw(count, part)
             z, s = part.normal(*batch.x0.shape), shifted_time(part.normal(count), shift)
             scale = (part.uniform(count) >= (config.controlnet_no_lines if joint else 0.0)).float()
-            loss = loss_of(batch.x0, z, s, batch.text, batch.mask, batch.cond, scale) / config.micro_batches
+            loss = loss_of(batch.x0, z, s, batch.text, batch.mask, batch.cond, scale, batch.weight) / config.micro_batches
             loss.backward()
             total += float(loss.detach())
         numbers = apply_gradients(opt, step, config.controlnet_steps, config.teacher_clip, config, total)

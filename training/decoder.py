@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from training.autoencoder import psnr_db, reconstruction_loss
@@ -17,11 +16,6 @@ from training.config import Config
 from training.distributed import refuse_fsdp, save_model
 from training.loop import Draws, Ema, apply_gradients, autocast, local_batch, make_optimizer, maybe_compile, run
 from training.sheets import contact_sheet
-
-
-def pictures(corpus: Corpus, rows: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """Pictures of the given rows -> [B, 3, S, S] in [-1, 1]."""
-    return torch.from_numpy(corpus.pixels.images[rows]).to(like.device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_decoder(config: Config, out: Path) -> None:
@@ -45,7 +39,7 @@ def train_decoder(config: Config, out: Path) -> None:
         for part in draws.parts(config.micro_batches):
             batch = corpus.draw(local_batch(config.ae_batch, config), part)
             latent = batch.x0 + config.ae_latent_noise * part.normal(*batch.x0.shape)
-            loss = loss_of(latent, pictures(corpus, batch.rows, latent)) / config.micro_batches
+            loss = loss_of(latent, corpus.pictures(batch)) / config.micro_batches
             loss.backward()
             total += loss.item()
         numbers = apply_gradients(opt, step, config.decoder_steps, 1.0, config, total)
@@ -55,7 +49,7 @@ def train_decoder(config: Config, out: Path) -> None:
     @torch.no_grad()
     def preview(step: int, folder: Path) -> dict[str, float]:
         batch = held_out.fixed(128)
-        target = pictures(held_out, batch.rows, batch.x0)
+        target = held_out.pictures(batch)
         with autocast(config):
             y = torch.cat([ema.module(x / factor).float() for x in batch.x0.split(32)])
         contact_sheet(torch.cat([target[:16], y[:16]]), folder / "preview.png", 16)

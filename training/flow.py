@@ -23,6 +23,7 @@ def flow_path(x0: torch.Tensor, z: torch.Tensor, s: torch.Tensor) -> torch.Tenso
     return (1 - s) * x0 + s * z
 
 
-def flow_loss(v: torch.Tensor, x0: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """|v - (z - x0)|², mean over a sample: [B, C, h, w] three times -> [B]."""
-    return (v.float() - (z - x0)).square().mean(dim=(1, 2, 3))
+def flow_loss(v: torch.Tensor, x0: torch.Tensor, z: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """weight·|v - (z - x0)|², mean over a sample: [B, C, h, w] three times, weights of mean 1 [B, 1, h, w] (regions.py) -> [B]."""
+    error = (v.float() - (z - x0)).square()
+    return (error if weight is None else weight * error).mean(dim=(1, 2, 3))

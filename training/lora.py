@@ -135,7 +135,7 @@ def flow_way(config: Config, net: TrigFlowTeacher) -> Callable:
         with autocast(config):
             v = predict_flow(net.transformer, flow_path(batch.x0, z, s), s, batch.text, batch.mask, None, net.controlnet, batch.cond,
                              lines_scale(config, draws, count))
-        loss = flow_loss(v, batch.x0, z).mean()
+        loss = flow_loss(v, batch.x0, z, batch.weight).mean()
         (weight / config.micro_batches * loss).backward()
         return {"flow": loss.item()}
     return backward

@@ -141,10 +141,10 @@ def tune(name: str, steps: int, networks: nn.ModuleDict, new_layers: list[str], 
         encode = prompt_encoder(tokenizer, networks["text_encoder"], settings, token_states)
         encode_average = prompt_encoder(tokenizer, average["text_encoder"], settings, encode_text)
 
-    def loss_of(x0, z, s, text, mask, cond, scale) -> torch.Tensor:
+    def loss_of(x0, z, s, text, mask, cond, scale, weight) -> torch.Tensor:
         with autocast(config):
             v = predict_flow(transformer, flow_path(x0, z, s), s, text, mask, None, controlnet, cond, scale)
-        return flow_loss(v, x0, z).mean()
+        return flow_loss(v, x0, z, weight).mean()
 
     loss_of = maybe_compile(config.compile_denoiser, loss_of)
 
@@ -156,7 +156,7 @@ def tune(name: str, steps: int, networks: nn.ModuleDict, new_layers: list[str], 
             scale = (part.uniform(count) >= config.controlnet_no_lines).float()
             with autocast(config):
                 text, mask = encode(batch.captions) if encode else (batch.text, batch.mask)
-            loss = loss_of(batch.x0, z, s, text, mask, batch.cond, scale) / config.micro_batches
+            loss = loss_of(batch.x0, z, s, text, mask, batch.cond, scale, batch.weight) / config.micro_batches
             loss.backward()
             total += float(loss.detach())
         numbers = apply_gradients(opt, step, steps, config.teacher_clip, config, total)

@@ -65,10 +65,10 @@ def train_flow(name: str, model: SanaTransformer2DModel, config: Config, out: Pa
     if ema:
         shard_model(average, config)
 
-    def loss_of(x0: torch.Tensor, z: torch.Tensor, s: torch.Tensor, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def loss_of(x0, z, s, text, mask, weight) -> torch.Tensor:
         with autocast(config):
             v = predict_flow(model, flow_path(x0, z, s), s, text, mask)
-        return flow_loss(v, x0, z).mean()
+        return flow_loss(v, x0, z, weight).mean()
 
     loss_of = maybe_compile(config.compile_denoiser, loss_of)
 
@@ -77,7 +77,7 @@ def train_flow(name: str, model: SanaTransformer2DModel, config: Config, out: Pa
         for part in draws.parts(config.micro_batches):
             batch = corpus.draw(count, part)
             z, s = part.normal(*batch.x0.shape), shifted_time(part.normal(count), shift)
-            loss = loss_of(batch.x0, z, s, batch.text, batch.mask) / config.micro_batches
+            loss = loss_of(batch.x0, z, s, batch.text, batch.mask, batch.weight) / config.micro_batches
             loss.backward()
             total += float(loss.detach())
         numbers = apply_gradients(opt, step, steps, config.teacher_clip, config, total)

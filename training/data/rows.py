@@ -75,3 +75,8 @@ class Rows:
 def joined(arrays: list[np.ndarray | Rows]) -> np.ndarray | Rows:
     """Arrays one after the other, without copying."""
     return arrays[0] if len(arrays) == 1 else Rows([(a, len(a)) for a in arrays])
+
+
+def forget(path: Path) -> None:
+    """Closes a file that is about to be deleted, so that its space is free at once."""
+    _maps.pop(path, None)

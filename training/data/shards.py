@@ -48,7 +48,10 @@ def decode_picture(data: bytes, name: str) -> np.ndarray:
     """Picture bytes -> RGB uint8 [H, W, 3] over white. ValueError names the file."""
     # a photograph is turned as its EXIF data say, which IMREAD_UNCHANGED would ignore
     flags = cv2.IMREAD_COLOR if data[:2] == b"\xff\xd8" else cv2.IMREAD_UNCHANGED
-    raw = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    try:
+        raw = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error as error:  # more pixels than OpenCV reads
+        raise ValueError(f"{name}: {str(error).strip()}") from error
     if raw is None or raw.dtype != np.uint8:
         raise ValueError(f"{name}: not an 8-bit picture that can be read; wanted PNG, JPEG or WebP")
     if raw.ndim == 2:
