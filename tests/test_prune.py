@@ -16,7 +16,7 @@ from sana_app.model.pipeline import SanaSprintControlNetPipeline
 from sana_app.model.text import TextSettings
 from training.flow import flow_loss, flow_path, shifted_time
 from training.importance import block_importance, importance_of_batch, importance_plot, importance_table, turn
-from training.prune import choose_blocks, grow, grow_blocks, keep_blocks, keep_controlnet_blocks, load_part, main, prune
+from training.prune import choose_blocks, grow, grow_blocks, keep_blocks, keep_controlnet_blocks, load_stored, main, prune
 
 TEACHER = dict(guidance_embeds=False)
 BASE = dict(guidance_embeds=False, timestep_scale=1.0, qk_norm=None)
@@ -172,6 +172,12 @@ def test_what_is_wrong_is_said_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_half_precision_and_variants_stay_what_they_are(tmp_path):
+    tiny_transformer(**TEACHER).to(torch.bfloat16).save_pretrained(tmp_path / "old" / "transformer", variant="bf16")
+    prune(tmp_path / "old", tmp_path / "new", 3, [0.1] * 4)
+    assert {v.dtype for v in load_file(tmp_path / "new" / "transformer" / "diffusion_pytorch_model.safetensors").values()} == {torch.bfloat16}
+
+
 # ---- ControlNet -------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +199,7 @@ def test_the_controlnet_loses_the_copies_of_dropped_blocks(tmp_path):
     old = build_small_folder(tmp_path / "old", num_layers=6)
     kept = prune(old, tmp_path / "new", 4, [0.9, 0.1, 0.7, 0.2, 0.6, 0.5])
     assert kept == [0, 2, 4, 5]
-    controlnet = load_part(tmp_path / "new" / "controlnet")
+    controlnet = load_stored(tmp_path / "new" / "controlnet")
     assert controlnet.config.num_layers == 1
     before = load_file(old / "controlnet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(controlnet.transformer_blocks[0].attn1.to_q.weight, before["transformer_blocks.0.attn1.to_q.weight"])
@@ -286,7 +292,7 @@ def test_a_short_tune_repairs_what_pruning_broke(tmp_path):
     model.save_pretrained(tmp_path / "whole" / "transformer")
     found = block_importance(model.eval(), encode, [f"picture {i}" for i in range(8)], steps=3)
     prune(tmp_path / "whole", tmp_path / "pruned", 2, found["importance"])
-    pruned = load_part(tmp_path / "pruned" / "transformer").train()
+    pruned = load_stored(tmp_path / "pruned" / "transformer").train()
     untuned = tune(pruned, 0, 0, 0)
     tuned = tune(pruned, 15, 1e-3, 2)
     assert trained < 0.8 * start, "the whole model has learnt something to lose"

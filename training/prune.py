@@ -26,8 +26,9 @@ from safetensors import safe_open
 from torch import nn
 
 from sana_app.model.controlnet import SanaSprintControlNetModel
-from sana_app.model.folder import CONFIG_FILES, check_weights, read_json, write_json
+from sana_app.model.folder import CONFIG_FILES, read_json, write_json
 from sana_app.model.text import SETTINGS_FILE, TextSettings
+from training.base import load_part, weight_variant
 from training.importance import block_importance, importance_plot, importance_table, read_prompts
 from training.loop import device
 from training.text import load_text_encoder
@@ -107,23 +108,24 @@ def part_folder(model: Path, part: str) -> Path | None:
     return model if alone else None
 
 
-def load_part(folder: Path, dtype: torch.dtype | None = None) -> ModelMixin:
+def load_stored(folder: Path, dtype: torch.dtype | None = None) -> ModelMixin:
     """A transformer or a ControlNet, every tensor checked, in the type it is stored in unless `dtype` is given."""
     name = read_json(folder / "config.json").get("_class_name")
     if name not in CLASSES:
         raise ValueError(f"{folder} holds a {name}, wanted one of {', '.join(CLASSES)}")
-    check_weights(folder, CLASSES[name])
-    if dtype is None:
-        with safe_open(min(folder.glob("*.safetensors")), framework="pt") as tensors:
+    variant = weight_variant(folder)
+    files = [p for p in sorted(folder.glob("diffusion_pytorch_model*.safetensors")) if variant is None or f".{variant}" in p.name]
+    if dtype is None and files:
+        with safe_open(files[-1], framework="pt") as tensors:  # plain ones sort behind those of a variant
             dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
-    return CLASSES[name].from_pretrained(folder, torch_dtype=dtype, use_safetensors=True).eval()
+    return load_part(folder, CLASSES[name], dtype or torch.float32).eval()
 
 
 def load_transformer(model: Path, dtype: torch.dtype | None = None) -> SanaTransformer2DModel:
     folder = part_folder(model, "transformer")
     if folder is None:
         raise ValueError(f"no transformer at {model}: wanted a model folder, or one with transformer/config.json in it")
-    return load_part(folder, dtype)
+    return load_stored(folder, dtype)
 
 
 def check_new_folder(model: Path, new: Path) -> None:
@@ -191,7 +193,7 @@ def prune(model: Path, new: Path, keep: int, importance: list[float], protect: i
     print(f"kept {len(kept)} of {blocks} blocks: {kept}; dropped: {[b for b in range(blocks) if b not in kept]}")
     folder = part_folder(model, "controlnet")
     if folder is not None:
-        controlnet = load_part(folder)
+        controlnet = load_stored(folder)
         copies = controlnet.config.num_layers
         # residual i enters after block i, i = 1..copies: with those blocks kept, every residual meets the block it was trained for
         if kept[: copies + 1] == list(range(copies + 1)):
