@@ -211,8 +211,9 @@ def save_folder(folder: Path, networks: dict, rest: str | Path = "", drop: tuple
             for name in components(rest):
                 if name not in networks and name not in drop:
                     link_or_copy(rest / name, new / name)
-            if (rest / "prompt.json").exists():
-                shutil.copy2(rest / "prompt.json", new)
+            for name in ("prompt.json", "sampling.json"):
+                if (rest / name).exists():
+                    shutil.copy2(rest / name, new)
             if (rest / "model_index.json").exists():
                 kept = {k: v for k, v in read_json(rest / "model_index.json").items() if k not in drop}
                 (new / "model_index.json").write_text(json.dumps(kept | (index or {}), indent=2) + "\n")

@@ -203,7 +203,7 @@ def latency_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, runs
 def model_hash(folder: Path) -> str:
     """Hash of everything that makes the pictures: weights, configs, tokenizer. Reports and READMEs do not count."""
     whole = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and (p.parent != folder or p.name in ("model_index.json", "prompt.json"))):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and (p.parent != folder or p.name in ("model_index.json", "prompt.json", "sampling.json"))):
         whole.update(f"{path.relative_to(folder).as_posix()}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()[:16]
 

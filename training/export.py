@@ -29,6 +29,7 @@ def export_model(config: Config, out: Path) -> None:
         transformer=SanaTransformer2DModel.from_pretrained(out / "student" / "transformer"), scheduler=SCMScheduler(),
         controlnet=SanaSprintControlNetModel.from_pretrained(out / "student" / "controlnet"))
     pipe.text_settings = TextSettings(config.max_tokens, pipe.text_settings.instruction)
+    pipe.noise_scale = config.noise_scale
     pipe.to("cpu", torch.float16)
     pipe.save_pretrained(out / "model")
     SanaSprintControlNetPipeline.from_pretrained(out / "model")

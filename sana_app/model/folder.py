@@ -13,6 +13,7 @@ from sana_app.model.controlnet import SanaSprintControlNetModel
 
 # Components whose every tensor is checked against what the class builds from the folder's config.
 CHECKED_CLASSES = {c.__name__: c for c in (AutoencoderDC, SanaTransformer2DModel, SanaSprintControlNetModel)}
+SAMPLING_FILE = "sampling.json"
 CONFIG_FILES = ("config.json", "tokenizer_config.json", "scheduler_config.json")
 WEIGHTS = r"(diffusion_pytorch_model|model)%s(-\d+-of-\d+)?\.safetensors"
 
@@ -27,6 +28,17 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, wanted an object")
     return content
+
+
+def read_noise_scale(folder: Path | str) -> float:
+    """noise_scale of sampling.json in a model folder, 1 where there is none (published models, hub ids)."""
+    path = Path(folder) / SAMPLING_FILE
+    if not path.is_file():
+        return 1.0
+    scale = read_json(path).get("noise_scale")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= 1:
+        raise ValueError(f'{path} holds noise_scale {scale!r}, wanted {{"noise_scale": number above 0, at most 1}}')
+    return float(scale)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
@@ -18,7 +18,15 @@ from torch import Tensor
 
 from sana_app.model import trigflow
 from sana_app.model.controlnet import SanaSprintControlNetModel
-from sana_app.model.folder import check_finite, check_folder, move_into_place, read_json, write_json
+from sana_app.model.folder import (
+    SAMPLING_FILE,
+    check_finite,
+    check_folder,
+    move_into_place,
+    read_json,
+    read_noise_scale,
+    write_json,
+)
 from sana_app.model.inputs import (
     check_options,
     check_parts_fit,
@@ -37,6 +45,9 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
 
     Loads the published layout, and folders with controlnet/ beside it; a folder written by save_pretrained loads in
     the stock pipeline. LoRA adapters load through SanaLoraLoaderMixin (load_lora_weights, unload_lora_weights).
+
+    noise_scale (sampling.json in the folder, else 1): std of the noise that is drawn here, below 1 for cleaner and less
+    varied pictures (the truncation trick of BigGAN, arXiv 1809.11096). `latents` that are passed in stay as they are.
     """
 
     model_cpu_offload_seq = "text_encoder->controlnet->transformer->vae"
@@ -54,6 +65,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         super().__init__(tokenizer, text_encoder, vae, transformer, scheduler)
         self.register_modules(controlnet=controlnet)
         self.text_settings = TextSettings.fitting(text_encoder)
+        self.noise_scale = 1.0
         check_parts_fit(vae, text_encoder, transformer, controlnet)
 
     # ---- folders ------------------------------------------------------------------------------------------------
@@ -81,6 +93,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         except (OSError, HfHubHTTPError) as error:
             raise ValueError(f"{folder} is neither a model folder nor a model that can be fetched: {error}") from error
         pipe.text_settings = TextSettings.of_folder(folder, pipe.text_encoder)
+        pipe.noise_scale = read_noise_scale(folder)
         check_finite({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
         return pipe
 
@@ -100,6 +113,8 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         index.pop("controlnet", None)
         write_json(new / "model_index.json", index | {"_class_name": SanaSprintPipeline.__name__})
         self.text_settings.save(new)
+        if self.noise_scale != 1:
+            write_json(new / SAMPLING_FILE, {"noise_scale": self.noise_scale})
         move_into_place(new, folder)
 
     # ---- the steps, each timed by itself by the live engine -----------------------------------------------------
@@ -139,8 +154,8 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         return self.vae.encode(image, return_dict=False)[0] * self.vae.config.scaling_factor
 
     def noise(self, height: int, width: int, generator=None, batch_size: int = 1) -> Tensor:
-        """Standard normal latents [B, C, h, w], float32."""
-        return self.prepare_latents(
+        """Normal latents [B, C, h, w] of std noise_scale, float32."""
+        return self.noise_scale * self.prepare_latents(
             batch_size, self.transformer.config.in_channels, height, width, torch.float32,
             self._execution_device, generator,
         )  # fmt: skip
@@ -176,6 +191,9 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
                 guidance_scale, self.controlnet, cond, conditioning_scale,
             )  # fmt: skip
             x_t, x0 = self.scheduler.step(sigma_data * F, t, x_t, generator=generator, return_dict=False)
+            if self.noise_scale != 1 and isinstance(self.scheduler, SCMScheduler) and len(timesteps) > 2:
+                kept = torch.cos(self.scheduler.timesteps[self.scheduler.step_index]) * x0
+                x_t = kept + self.noise_scale * (x_t - kept)  # the noise between steps too
         return x0 / sigma_data
 
     @torch.no_grad()
