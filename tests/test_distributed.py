@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from test_dry_run import SIZES, start_folder
 from toy_stage import work
 from training.config import Config
 from training.distributed import refuse_fsdp
@@ -132,6 +131,7 @@ def test_the_students_stage_refuses_fsdp_and_says_what_works(tmp_path):
 @pytest.mark.slow
 def test_the_student_on_two_processes_has_the_gradients_of_one(tmp_path):
     """The real stage from the command line, one step of the student and one of its discriminator."""
+    from test_dry_run import SIZES, start_folder
     start_folder(tmp_path / "one")
     sets = [f"--set={s}" for s in [*SIZES, "student_batch=8", "student_steps=2"]]
     arguments = ["-m", "training", "student", "--recipe", "tiny-cpu", *sets]
