@@ -150,6 +150,7 @@ class _Part:
                 h = hashlib.sha256(shape.encode())
                 for name in ("images", "inks"):
                     array = np.stack(rows.pop(name))
+                    rows[f"{name}_shape"] = array.shape[1:]
                     h.update(array)
                     np.save(temporary / shape / f"{name}.npy", array)
                 about["sets"][shape] = {**rows, "hash": h.hexdigest()[:32]}
@@ -208,7 +209,7 @@ def _load(paths: list[Path], key: str) -> list[Pixels]:
         rows = lambda name: [row for _, about in parts for row in about[name]]
         counts = rows("counts")
         sizes = [(len(about["counts"]), sum(about["counts"]), about["hash"]) for _, about in parts]
-        array = lambda name, i: Rows([(path / f"{name}.npy", size[i]) for (path, _), size in zip(parts, sizes)])
+        array = lambda name, i: Rows([(path / f"{name}.npy", size[i]) for (path, _), size in zip(parts, sizes)], tuple(parts[0][1][f"{name}_shape"]))
         sets.append(Pixels(array("images", 0), array("inks", 1), np.cumsum([0, *counts]), rows("captions"), rows("meta"), key, rows("keys"), rows("regions"), sizes))
     return sorted(sets, key=lambda p: -len(p.meta))
 

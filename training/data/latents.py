@@ -46,7 +46,7 @@ def digest_bytes(array: np.ndarray) -> str:
 def _encoded(source: np.ndarray, encode: Callable[[torch.Tensor], torch.Tensor], batch: int, bar: tqdm) -> np.ndarray:
     rows = []
     for start in range(0, len(source), batch):
-        block = torch.from_numpy(np.asarray(source[start:start + batch])).float() / 127.5 - 1
+        block = torch.from_numpy(np.array(source[start:start + batch])).float() / 127.5 - 1
         block = block.permute(0, 3, 1, 2) if block.ndim == 4 else block[:, None].expand(-1, 3, -1, -1)
         count = len(block)  # the last block is filled up, so that compiled code sees one shape
         block = torch.cat([block, block[-1:].expand(batch - count, -1, -1, -1)]).contiguous()
@@ -63,9 +63,10 @@ def latent_cache(pixels: Pixels, encode: Callable[[torch.Tensor], torch.Tensor],
     if (old / "conds.npy").exists():
         return Latents(*(np.load(old / f"{name}.npy", mmap_mode="r") for name in ("images", "conds")))
     folder, found = cache / f"latents-{digest(key)}", []
-    bar = tqdm(total=len(pixels.images) + len(pixels.inks), desc="encoding", unit=" pictures", mininterval=5)
-    for rows, inks, content in _parts(pixels):
-        sizes = (rows.stop - rows.start, inks.stop - inks.start)
+    parts = [(rows, inks, content, (rows.stop - rows.start, inks.stop - inks.start)) for rows, inks, content in _parts(pixels)]
+    missing = sum(sum(sizes) for _, _, content, sizes in parts if not (folder / content).exists())
+    bar = tqdm(total=missing, desc="encoding", unit=" pictures", mininterval=5, leave=False, disable=not missing)
+    for rows, inks, content, sizes in parts:
 
         def build(temporary: Path) -> None:
             np.save(temporary / "images.npy", _encoded(pixels.images[rows], encode, batch, bar))

@@ -28,9 +28,10 @@ def _mapped(path: Path) -> np.ndarray:
 
 class Rows:
     """Arrays [n_i, ...] one after the other, as one array [N, ...] with `shape`, `dtype`, `len`, and reading by number, slice or
-    array of numbers. A part is a path, opened when it is read, or an array."""
+    array of numbers. A part is a path, opened when it is read, or an array; `tail` is the shape of a row, where it is known without."""
 
-    def __init__(self, parts: list[tuple[Path | np.ndarray | Rows, int]]):
+    def __init__(self, parts: list[tuple[Path | np.ndarray | Rows, int]], tail: tuple[int, ...] | None = None):
+        self.tail = tail
         self.parts = [part for part, count in parts if count]
         self.ends = np.cumsum([count for _, count in parts if count])
         assert self.parts, "an array of no parts"
@@ -43,11 +44,11 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return len(self), *self._part(0).shape[1:]
+        return len(self), *(self.tail or self._part(0).shape[1:])
 
     @property
     def ndim(self) -> int:
-        return self._part(0).ndim
+        return len(self.shape)
 
     @property
     def dtype(self) -> np.dtype:

@@ -55,7 +55,7 @@ def folder_hash(folder: Path) -> str:
 def _blocks(captions: list[str], encode: Callable, batch: int) -> Iterator[tuple[list[str], list[np.ndarray]]]:
     """Captions and their states, about PART_BYTES of them at a time."""
     names, states, size = [], [], 0
-    for start in tqdm(range(0, len(captions), batch), desc="encoding captions", mininterval=5):
+    for start in tqdm(range(0, len(captions), batch), desc="encoding captions", mininterval=5, disable=not captions):
         embeddings, mask = encode(captions[start:start + batch])
         names += captions[start:start + batch]
         for row, keep in zip(embeddings.float().cpu().numpy(), mask.cpu().numpy() > 0):
