@@ -12,9 +12,8 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel, SCMScheduler
 
 from sana_app.model.controlnet import SanaSprintControlNetModel
 from sana_app.model.pipeline import SanaSprintControlNetPipeline
-from sana_app.model.text import TextSettings
 from training.config import Config
-from training.text import load_text_encoder
+from training.text import load_text_encoder, settings_of
 
 
 def export_model(config: Config, out: Path) -> None:
@@ -28,7 +27,7 @@ def export_model(config: Config, out: Path) -> None:
         tokenizer=tokenizer, text_encoder=text_encoder, vae=AutoencoderDC.from_pretrained(out / vae),
         transformer=SanaTransformer2DModel.from_pretrained(out / "student" / "transformer"), scheduler=SCMScheduler(),
         controlnet=SanaSprintControlNetModel.from_pretrained(out / "student" / "controlnet"))
-    pipe.text_settings = TextSettings(config.max_tokens, pipe.text_settings.instruction)
+    pipe.text_settings = settings_of(config.text_encoder, text_encoder, config.max_tokens)
     pipe.noise_scale = config.noise_scale
     pipe.to("cpu", torch.float16)
     pipe.save_pretrained(out / "model")
