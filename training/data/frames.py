@@ -21,7 +21,8 @@ UNFLIPPABLE = re.compile(r"\b(left|right|clockwise|text|letters?|words?|writing|
 class Frame:
     """The part of a picture that is taken, and the size in px it comes out with.
 
-    The crop is the largest of the wanted aspect ratio, times `zoom`; `top` and `left` say where it lies in what is left over, 0 to 1.
+    It is the largest part of the wanted aspect ratio, in the middle of the picture; of that, `zoom` of either side, with `top` and
+    `left` (0 to 1) for where in it. So no crop shows what the plain one does not, and its caption speaks of the same things.
     """
 
     height: int
@@ -38,8 +39,9 @@ class Frame:
             height, width = min(rows, round(columns * self.height / self.width)), columns
         else:
             height, width = rows, min(columns, round(rows * self.width / self.height))
-        height, width = max(1, round(height * self.zoom)), max(1, round(width * self.zoom))
-        return int((rows - height) * self.top), int((columns - width) * self.left), height, width
+        part = max(1, round(height * self.zoom)), max(1, round(width * self.zoom))
+        top, left = (rows - height) // 2 + int((height - part[0]) * self.top), (columns - width) // 2 + int((width - part[1]) * self.left)
+        return top, left, *part
 
     def cut(self, raster: np.ndarray) -> np.ndarray:
         top, left, height, width = self.rect(raster.shape)
