@@ -81,7 +81,7 @@ def test_a_broken_attribute_file_is_named(text, named):
 def test_the_command_writes_weights_that_the_training_draws_with(tmp_path):
     networks = write_networks(tmp_path / "networks")
     data = write_pictures(tmp_path / "data", 20, caption=lambda i: "a blue cat" if i % 10 == 0 else "a red cat")
-    done = subprocess.run([sys.executable, "-m", "training.balance", "--data", str(data), "--even", "colour", "--out", str(tmp_path / "b.json")],
+    done = subprocess.run([sys.executable, "-m", "training.balance", "--data", str(data), "--even", "colour", "--least", "2", "--out", str(tmp_path / "b.json")],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "colour: named by 20 of 20 pictures" in done.stdout and "90.0%  ->   50.0%" in done.stdout

@@ -30,7 +30,7 @@ ATTRIBUTES: dict[str, list[str]] = {
     "age": ["baby|infant|toddler", "child|children|kid|kids|boy|boys|girl|girls", "teenager|teen|young", "middle-aged|adult", "old|older|elderly|senior"],
     "skin": ["light skin|pale skin|light skin tone", "medium-light skin|medium-light skin tone", "medium skin|olive skin|tan skin|medium skin tone",
              "medium-dark skin|brown skin|medium-dark skin tone", "dark skin|black skin|dark skin tone"],
-    "count": ["one|single|a", "two|pair|couple", "three", "four", "five", "many|several|group|crowd"],
+    "count": ["one|single", "two|pair|couple", "three", "four", "five", "many|several|group|crowd"],
     "light": ["day|daylight|sunny", "night|dark", "sunset|sunrise|dusk|dawn"],
     "view": ["close-up|closeup|portrait", "full body|full-body", "aerial|bird's eye|from above", "landscape|wide"],
 }
@@ -76,7 +76,7 @@ def tell(captions: list[list[str]], attributes: dict[str, list[str]]) -> dict[st
     return found
 
 
-def even_weights(tables: dict[str, np.ndarray], rounds: int = 200, least: int = 2, cap: float = CAP) -> np.ndarray:
+def even_weights(tables: dict[str, np.ndarray], least: int = 2, rounds: int = 200, cap: float = CAP) -> np.ndarray:
     """Weights [N] of mean 1 under which each value of an attribute has the same total: iterative proportional fitting.
 
     A round goes through the attributes; each picture's weight is multiplied by the geometric mean of what its values lack. Values
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--split", default="train", help="(default: %(default)s)")
     parser.add_argument("--attributes", type=Path, help="file with lines `colour: red, grey|gray`, or JSON; default: a built-in list")
     parser.add_argument("--even", default="", help="attributes to even out, comma-separated (default: all)")
+    parser.add_argument("--least", type=int, default=5, help="leave alone what fewer pictures name (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("balance.json"), help="where the weights go (default: %(default)s)")
     args = parser.parse_args()
     try:
@@ -167,7 +168,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     tables = tell(captions, attributes)
-    weights = even_weights({a: tables[a] for a in wanted})
+    weights = even_weights({a: tables[a] for a in wanted}, args.least)
     print(report(tables, attributes, weights))
     content = {"data": args.data, "even": wanted, "weights": dict(zip(keys, np.round(weights, 6).tolist()))}
     write_atomic(args.out, lambda file: file.write((json.dumps(content) + "\n").encode()))

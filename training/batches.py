@@ -105,6 +105,7 @@ class Corpus:
         self.shelves = [Shelf(join_pixels(list(p)), join_latents(list(lat)), np.cumsum(scale(np.concatenate(w)))) for p, lat, w in columns]
         self.shelf_cumulative = np.cumsum([sum(float(x.sum()) for x in w) for _, _, w in columns])
         self.pixels, self.latents = self.shelves[0].pixels, self.shelves[0].latents
+        self.count = sum(len(shelf.pixels.meta) for shelf in self.shelves) // (1 + reading.augment)  # pictures, without their variants
 
     def gather(self, rows: np.ndarray, inks: np.ndarray, captions: list[str], number: int = 0) -> Batch:
         """The given pictures of one shelf with the given drawings and captions."""

@@ -225,7 +225,7 @@ def train_lora(config: Config, out: Path) -> None:
     check_fits(net.transformer, channels, text_channels)
     teacher = load_teacher_for(net, base.teacher, config)
     sprint = net.transformer.config.guidance_embeds
-    config = settled(config, len(corpus.pixels.captions), alternating=teacher is not None)
+    config = settled(config, corpus.count, alternating=teacher is not None)
     if config.lora_lines and (net.controlnet is None or teacher is not None and teacher.controlnet is None):
         raise ValueError(f"lora_lines={config.lora_lines:g} wants a ControlNet in the base (and in the teacher): set lora_lines=0")
     prior = class_corpus(config, out, net, corpus)
@@ -266,8 +266,8 @@ def train_lora(config: Config, out: Path) -> None:
         return numbers
 
     run("lora", out, config, config.lora_steps, parts, train_step, config.lora_batch, lambda step, folder: preview(step, folder, config, net, corpus), corpus.pixels.hash)
-    captions = list(dict.fromkeys(c for cs in corpus.pixels.captions for c in cs))
-    about = {"name": out.name, "base": base.folder.name, "prompt": config.lora_prompt, "captions": captions[:20], "pictures": len(corpus.pixels.captions),
+    captions = list(dict.fromkeys(c for shelf in corpus.shelves for cs in shelf.pixels.captions for c in cs))
+    about = {"name": out.name, "base": base.folder.name, "prompt": config.lora_prompt, "captions": captions[:20], "pictures": corpus.count,
              "steps": config.lora_steps, "loss": "distillation" if teacher else "consistency" if sprint else "flow", "code": code_version()}
     if not is_main():
         return

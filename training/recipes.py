@@ -11,6 +11,7 @@ PUBLISHED = dict(data="runs/data/mine", size_px=1024, ae_latent_channels=32, max
                  teacher_shift=3.0,                 # flow_shift: 3 from 512 to 2048 px, 6 at 4096 px
                  teacher_clip=0.1, student_clip=0.1,  # gradient_clip
                  optimizer="came",                  # CAMEWrapper
+                 encode_batch=8,                    # ours: what the autoencoder and Gemma-2 (4 times as many prompts) take at once
                  lr_final=1.0,                      # lr_schedule: constant
                  lr_warmup_steps=2000,
                  checkpointing=True, frozen_bf16=True, save_minutes=30.0, preview_steps=500)
@@ -26,11 +27,12 @@ STUDENT = PUBLISHED | dict(student_controlnet=False, scm_mean=0.2, scm_std=1.6, 
 # the same losses, the student's transformer frozen: nothing of this is public, all ours. The ControlNet starts from its teacher's, so it may learn faster
 ONE_STEP_CONTROLNET = STUDENT | dict(student_controlnet=True, student_base=False, controlnet_layers=7, student_lr=1e-5, student_disc_lr=1e-5, student_steps=10000, student_batch=128,
                                      micro_batches=8, scm_warmup=1000, lr_warmup_steps=500)
-# SANA-1.5's fine-tuning rate, 2e-5; steps and batches are ours (public: 64 a GPU at 512 px, 4 at 2048 px). Positions are turned on at 2048 px only
-FINETUNE = PUBLISHED | dict(finetune_lr=2e-5, finetune_steps=10000, lr_warmup_steps=500)
+# SANA-1.5's fine-tuning rate, 2e-5; steps and batches are ours (public: 64 a GPU at 512 px, 4 at 2048 px). Positions are turned on at 2048 px only;
+# the buckets are the published tables of each size
+FINETUNE = PUBLISHED | dict(buckets=True, finetune_lr=2e-5, finetune_steps=10000, lr_warmup_steps=500)
 AT_512 = FINETUNE | dict(size_px=512, finetune_batch=256, micro_batches=4)
 AT_1024 = FINETUNE | dict(finetune_batch=128, micro_batches=8)
-AT_2048 = FINETUNE | dict(size_px=2048, interpolation_scale=1.0, vae_tiling=1024, finetune_batch=32, micro_batches=8)
+AT_2048 = FINETUNE | dict(size_px=2048, interpolation_scale=1.0, vae_tiling=1024, encode_batch=2, finetune_batch=32, micro_batches=8)
 # diffusers' README_sana.md: 1 picture with 4 accumulated, constant 1e-4, rank 4; lora_rank, lora_steps and lora_lr are suggested from the pictures
 LORA = PUBLISHED | dict(caption_dropout=0.0, optimizer="adamw", lora_batch=4, micro_batches=4, frozen_bf16=True, lr_warmup_steps=10, lr_final=1.0, preview_steps=0)
 # on a Sprint model, with its flow teacher (--set lora_teacher=FOLDER) or without
