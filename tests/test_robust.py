@@ -92,15 +92,16 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(server, whole, tmp
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_it_resumes(tmp_path):
-    server, rng, codes = Server(300), random.Random(1), []
-    while codes.count(-signal.SIGKILL) < 20 and newest_step(tmp_path / "killed" / "toy" / "checkpoints") < 300:
-        codes.append(until_killed(server, tmp_path / "killed", rng, while_writing=len(codes) % 2 == 1, steps=300))
+    steps = 2000  # far more than twenty times a moment brings, on a fast machine too
+    server, rng, codes = Server(steps), random.Random(1), []
+    while codes.count(-signal.SIGKILL) < 20 and newest_step(tmp_path / "killed" / "toy" / "checkpoints") < steps:
+        codes.append(until_killed(server, tmp_path / "killed", rng, while_writing=len(codes) % 2 == 1, steps=steps))
     for out in ("killed", "whole"):
         server.start(tmp_path / out)
         assert server.wait() == 0
     server.close()
     assert codes.count(-signal.SIGKILL) == 20
-    assert_same_end(tmp_path / "whole", tmp_path / "killed", 300)
+    assert_same_end(tmp_path / "whole", tmp_path / "killed", steps)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
