@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
 from layouts import PUBLISHED_TRANSFORMER_CONFIG, build_small_folder, build_sprint_folder, tiny_controlnet
-from layouts import tiny_transformer
+from layouts import build_base_folder, tiny_transformer
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -383,3 +383,9 @@ def test_mixed_parts_are_refused(small):
 def test_bad_input_is_refused_with_what_came_and_what_was_wanted(pipe, wrong, message):
     with pytest.raises(ValueError, match=message):
         pipe(**{"prompt": "a cat", "seed": 0} | wrong)
+
+
+def test_a_flow_model_is_refused_with_what_to_do(tmp_path):
+    folder = build_base_folder(tmp_path / "base")
+    with pytest.raises(ValueError, match="it is a flow model .* Distil it first"):
+        SanaSprintControlNetPipeline.from_pretrained(folder)

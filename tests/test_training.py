@@ -1,6 +1,7 @@
 """The chain: the loop resumes exactly, checkpoints survive kills, and the tiny recipe runs from pictures to a model folder."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,13 @@ def test_every_recipe_is_a_valid_config(recipe):
 @pytest.mark.parametrize("bad", ["nonsense=1", "ae_steps", "ae_steps=many", "compile=perhaps"])
 def test_a_bad_override_is_named(bad):
     with pytest.raises(ValueError, match=bad.split("=")[-1] if "=" in bad and not bad.startswith("nonsense") else "key=value"):
+        load_config("tiny-cpu", [bad])
+
+
+@pytest.mark.parametrize("bad, said", [("precision=fp16", "wanted bf16 or fp32"), ("teacher_batch=0", "wanted 1 or more"), ("finetune_steps=-1", "wanted 0 or more"),
+                                       ("bsae=x", "did you mean base?"), ("teacher_steps=ten", "--set teacher_steps: 'ten'")])
+def test_a_value_no_run_can_have_is_named(bad, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
         load_config("tiny-cpu", [bad])
 
 

@@ -148,12 +148,13 @@ def check_fits(model: ModelMixin, channels: int, text_channels: int) -> None:
                              "base's own, or swap them with the swap stage first")
 
 
-def report_changes(report: dict, base: str, folder: Path) -> None:
-    """Prints what was added to or changed in the base, every weight by name, and stores it as FOLDER/base.json."""
+def report_changes(report: dict, base: str, folder: Path, dry_run: bool = False) -> None:
+    """Prints what was added to or changed in the base, every weight by name, and, but for a dry run, stores it as FOLDER/base.json."""
     if not is_main():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "base.json").write_text(json.dumps({"base": base, **report}, indent=1))
+    if not dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "base.json").write_text(json.dumps({"base": base, **report}, indent=1))
     added = report.get("added", [])
     print(f"base {base}: {len(added)} new weights{': ' + ', '.join(added) if added else ''}")
     for key, (old, new) in report.get("config", {}).items():

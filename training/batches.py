@@ -19,7 +19,7 @@ from training.data.cache import Pixels, Reading, join_pixels, pixel_sets
 from training.data.latents import Latents, join_latents, latent_cache
 from training.data.sources import list_shards, parse_mixture
 from training.data.texts import Texts, folder_hash, text_cache
-from training.distributed import main_first
+from training.distributed import is_main, main_first
 from training.loop import Draws, autocast, device, maybe_compile
 from training.regions import weight_map
 
@@ -67,6 +67,11 @@ class Corpus:
             list_shards(sources[0][0], split)  # missing data are the first thing to be said
             raise ValueError(f"no autoencoder at {folder}: run the autoencoder stage first, put one there, or set vae to a folder with one")
         self.vae = AutoencoderDC.from_pretrained(folder, torch_dtype=torch.float32).to(device()).eval()
+        if config.size_px % self.vae.spatial_compression_ratio:
+            raise ValueError(f"size_px={config.size_px}: wanted a multiple of {self.vae.spatial_compression_ratio}, by which the autoencoder at {folder} compresses")
+        if split == "val" and is_main():
+            for loose in (spec for spec, _ in sources if list_shards(spec, split) == [spec]):
+                print(f"{loose} has no held-out part (val-*.tar shards): validation and previews use the training pictures")
         vae_key = f"{(folder / 'config.json').read_text()}{weights_hash(self.vae)}"
         if config.vae_tiling:
             tile(self.vae, config.vae_tiling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from dataclasses import dataclass
 
 from training.recipes import RECIPES
@@ -167,6 +168,22 @@ def load_config(recipe: str, overrides: list[str] = ()) -> Config:
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or key not in defaults:
-            raise ValueError(f"--set {item!r}: wanted key=value with key one of {', '.join(defaults)}")
-        values[key] = parse_value(text, defaults[key])
-    return Config(**values)
+            near = difflib.get_close_matches(key, defaults, n=1)
+            raise ValueError(f"--set {item!r}: wanted key=value{f'; did you mean {near[0]}?' if near else ''} The keys are {', '.join(defaults)}")
+        try:
+            values[key] = parse_value(text, defaults[key])
+        except ValueError as error:
+            raise ValueError(f"--set {key}: {error}") from error
+    config = Config(**values)
+    check_ranges(config)
+    return config
+
+
+def check_ranges(config: Config) -> None:
+    """ValueError names a value that no run can have."""
+    if config.precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision={config.precision!r}: wanted bf16 or fp32")
+    for key, value in dataclasses.asdict(config).items():
+        least = 1 if key.endswith("_batch") or key in ("micro_batches", "size_px", "max_tokens") else 0 if key.endswith("_steps") else None
+        if least is not None and value < least:
+            raise ValueError(f"{key}={value}: wanted {least} or more")

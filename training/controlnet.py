@@ -37,6 +37,9 @@ def build_pair(config: Config, source: str | Path) -> TrigFlowTeacher:
     joint = config.controlnet_base_lr > 0
     base = load_transformer(source)
     refuse_sprint(base, "controlnet")
+    if 1000 * base.config.timestep_scale != 1 and is_main():
+        print(f"the base at {source} is base SANA, whose times are 0..1000: its ControlNet serves base SANA. One that shall become one-step later "
+              "is trained on a teacher (times 0..1: the teacher stage makes one)")
     torch.manual_seed(config.seed)
     controlnet = SanaSprintControlNetModel.from_transformer(base, config.controlnet_layers)
     dtype = torch.float32 if joint else frozen_dtype(config)

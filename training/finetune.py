@@ -31,6 +31,6 @@ def train_finetune(config: Config, out: Path) -> None:
     model = load_transformer(config.base)
     refuse_sprint(model, "finetune")
     check_fits(model, channels, text_channels)
-    report_changes({"added": [], "config": set_latent_size(model, sample_size, config.interpolation_scale)}, config.base, out / "finetune")
+    report_changes({"added": [], "config": set_latent_size(model, sample_size, config.interpolation_scale)}, config.base, out / "finetune", config.dry_run)
     average = train_flow("finetune", model.to(device()), config, out, corpus, held_out, config.finetune_steps, config.finetune_batch, config.finetune_lr)
     save_folder(out / "finetune", {"transformer": average}, config.base)

@@ -159,7 +159,7 @@ def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_ste
                 found = show(preview, step + 1, folder, parts)
                 log({f"val/{key}": value for key, value in found.items()}, step + 1)
                 if is_main():
-                    tqdm.write(f"{name} {step + 1}: " + "  ".join(f"{k} {v:.4g}" for k, v in {**numbers, **found}.items()))
+                    tqdm.write(f"{name} {step + 1}: " + "  ".join(f"{k} {v:.4g}" for k, v in {**shown, **found}.items()))
             if save and agreed(bool(stop)):
                 raise SystemExit(f"{name}: stopped at step {step + 1} of {steps}; run the same command to go on")
     except (RuntimeError, MemoryError) as error:

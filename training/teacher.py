@@ -108,7 +108,7 @@ def train_teacher(config: Config, out: Path) -> None:
         model, report = teacher_from_base(load_transformer(config.base))
         check_fits(model, channels, text_channels)
         report["config"] |= set_latent_size(model, sample_size, config.interpolation_scale)
-        report_changes(report, config.base, out / "teacher")
+        report_changes(report, config.base, out / "teacher", config.dry_run)
     else:
         model = build_teacher(config, channels, sample_size, text_channels)
         use_explicit_softmax(model)

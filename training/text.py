@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 
 from sana_app.model.text import TextSettings, encode_text, normalise
@@ -55,6 +56,9 @@ def prompt_encoder(tokenizer, model: torch.nn.Module, settings: TextSettings, st
 def load_text_encoder(name: str, max_tokens: int) -> tuple[object, torch.nn.Module, Callable]:
     """(tokenizer, text encoder in float32, encode: prompts -> (states [B, L, C], mask [B, L])). No hub is asked."""
     tokenizer_folder, weights_folder = encoder_folders(name)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    model = AutoModel.from_pretrained(weights_folder, local_files_only=True, dtype=torch.float32).to(device()).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        model = AutoModel.from_pretrained(weights_folder, local_files_only=True, dtype=torch.float32).to(device()).eval()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"the text encoder at {weights_folder} is damaged or cut short ({error}): copy or save it again") from error
     return tokenizer, model, prompt_encoder(tokenizer, model, settings_of(name, model, max_tokens))

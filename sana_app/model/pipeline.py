@@ -92,6 +92,11 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
             pipe = super().from_pretrained(folder, **kwargs)
         except (OSError, HfHubHTTPError) as error:
             raise ValueError(f"{folder} is neither a model folder nor a model that can be fetched: {error}") from error
+        if "sigma_data" not in pipe.scheduler.config:
+            raise ValueError(
+                f"{folder} has the scheduler {type(pipe.scheduler).__name__}: it is a flow model (base SANA, a teacher, a fine-tuned one), "
+                "and one step takes a SANA-Sprint model. Distil it first (python -m training student), or draw with the stock SanaPipeline"
+            )
         pipe.text_settings = TextSettings.of_folder(folder, pipe.text_encoder)
         pipe.noise_scale = read_noise_scale(folder)
         check_finite({name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)})
