@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SCMScheduler, SanaSprintPipeline
+from diffusers import SCMScheduler, AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SCMScheduler, SanaSprintPipeline
 from layouts import randomised, tiny_bert, tiny_controlnet, tiny_gemma, tiny_transformer, tiny_vae
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
@@ -277,7 +277,7 @@ def test_the_result_draws_in_stock_diffusers_and_has_the_tuned_parts(swapped):
     picture = pipe("a red apple", height=32, width=32, num_inference_steps=2, complex_human_instruction=None, max_sequence_length=32,
                    use_resolution_binning=False, output_type="pt").images
     assert picture.shape == (1, 3, 32, 32) and torch.isfinite(picture).all()
-    ours = SanaSprintControlNetPipeline.from_pretrained(out / "swap")  # checks every tensor, and that the parts fit each other
+    ours = SanaSprintControlNetPipeline.from_pretrained(out / "swap", scheduler=SCMScheduler())  # checks every tensor, and that the parts fit each other
     assert ours.controlnet.config.in_channels == 4 and ours.text_settings == TextSettings(32, "")
     start = BertModel.from_pretrained(out / "text" / "text_encoder")
     moved = [n for (n, p), q in zip(start.named_parameters(), pipe.text_encoder.parameters()) if not torch.equal(p, q)]
