@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import SCMScheduler, AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SCMScheduler, SanaSprintPipeline
+from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SCMScheduler, SanaSprintPipeline
 from layouts import randomised, tiny_bert, tiny_controlnet, tiny_gemma, tiny_transformer, tiny_vae
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
