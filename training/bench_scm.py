@@ -6,8 +6,8 @@ Same weights, same inputs, same formulas; loss and every gradient are compared b
 (the Sprint trainer of diffusers' research examples, written anew): the attention bias laid out for every query, the time
 embedding computed a second time in every forward for the log variance, the log variance carried through torch.func.jvp, the
 loss and the numbers for the log over whole latents, and one backward pass at the end through the graphs of both losses. Ours:
-losses.py and student.py as they train: the JVP by dual numbers, and each loss with a backward pass of its own. Every measurement runs in fresh processes,
-in turns.
+losses.py and student.py as they train: the JVP by dual numbers, and each loss with a backward pass of its own. Every
+measurement runs in fresh processes, in turns.
 """
 
 from __future__ import annotations
