@@ -15,7 +15,8 @@ from training.data.captions import HUES, captions, styled, with_colour
 from training.data.colour import colour_name, hue_distance, recolour
 from training.data.drawing import LEVELS, line_drawing
 from training.data.emoji import Item, concept_of, is_held_out, make_sample, plain
-from training.data.shards import Sample, ShardWriter, encode_png, read_samples, split_name
+from training.data.shards import Sample, ShardWriter, encode_png, read_samples
+from training.data.sources import split_name
 
 SAMPLE = Path(__file__).parent.parent / "assets" / "sample"
 SVG = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><circle cx="16" cy="17" r="12" fill="#d22"/>'

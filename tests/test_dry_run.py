@@ -13,7 +13,8 @@ from training.__main__ import main
 from training.autoencoder import build_autoencoder
 from training.config import Config, load_config
 from training.dry_run import Looked
-from training.loop import Draws, Ema, adamw, apply_gradients, run
+from training.loop import Draws, run
+from training.optim import Ema, adamw, apply_gradients
 from training.memory import GIB, checkpointed_gib, more_micro_batches, standing_gib, try_step
 from training.teacher import build_teacher
 

@@ -14,7 +14,8 @@ import torch
 
 from training.checkpoint import load_checkpoint, newest_step, save_checkpoint
 from training.config import Config
-from training.loop import Draws, Ema, adamw, apply_gradients, make_optimizer, run
+from training.loop import Draws, run
+from training.optim import Ema, adamw, apply_gradients, make_optimizer
 
 ROOT = Path(__file__).parent.parent
 STEPS = 30

@@ -5,7 +5,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from training.config import Config
-from training.loop import Draws, adamw, apply_gradients, run
+from training.loop import Draws, run
+from training.optim import adamw, apply_gradients
 from training.tracker import open_tracker
 
 

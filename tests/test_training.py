@@ -1,7 +1,6 @@
 """The chain: the loop resumes exactly, checkpoints survive kills, and the tiny recipe runs from pictures to a model folder."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import torch
 
 from training.checkpoint import load_checkpoint, save_checkpoint
 from training.config import RECIPES, Config, load_config
-from training.loop import Draws, Ema, adamw, apply_gradients, learning_rate, run
+from training.loop import Draws, run
+from training.optim import Ema, adamw, apply_gradients, learning_rate
 
 ROOT = Path(__file__).parent.parent
 # smaller still than tiny-cpu: two steps of everything

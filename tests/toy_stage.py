@@ -24,7 +24,8 @@ from sana_app.model.network import predict_flow
 from training import distributed
 from training.config import Config, load_config
 from training.flow import flow_loss, flow_path
-from training.loop import Draws, Ema, apply_gradients, layer_groups, local_batch, make_optimizer, run
+from training.loop import Draws, local_batch, run
+from training.optim import Ema, apply_gradients, layer_groups, make_optimizer
 
 BATCH = 8
 SETTINGS = ["precision=fp32", "preview_steps=0", "save_minutes=0", "ema=0.9", "lr_warmup_steps=1", "tracker=none"]

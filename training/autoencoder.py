@@ -18,7 +18,8 @@ from torch import nn
 from training.config import Config
 from training.data.cache import Pixels, pixel_cache
 from training.distributed import main_first, refuse_fsdp, save_model, std
-from training.loop import Draws, Ema, apply_gradients, autocast, device, local_batch, make_optimizer, maybe_compile, run
+from training.loop import Draws, autocast, device, local_batch, maybe_compile, run
+from training.optim import Ema, apply_gradients, make_optimizer
 from training.sheets import contact_sheet
 
 

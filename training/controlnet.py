@@ -22,7 +22,8 @@ from training.batches import Corpus
 from training.config import Config
 from training.distributed import is_main, shard_model
 from training.flow import flow_loss, flow_path, resolution_shift, shifted_time
-from training.loop import Draws, Ema, apply_gradients, autocast, device, local_batch, maybe_compile, run
+from training.loop import Draws, autocast, device, local_batch, maybe_compile, run
+from training.optim import Ema, apply_gradients
 from training.optim import layer_groups, make_optimizer
 from training.sampling import sample_teacher
 from training.sheets import contact_sheet
@@ -96,7 +97,7 @@ def train_controlnet(config: Config, out: Path) -> None:
         numbers = apply_gradients(opt, step, config.controlnet_steps, config.teacher_clip, config, total)
         if ema:
             ema.update(trained, step)
-        if step + 1 == weak_step:
+        if step + 1 == weak_step and not config.dry_run:
             save_folder(out / "controlnet" / "weak", {"controlnet": average.controlnet} | ({"transformer": average.transformer} if joint else {}))
         return {"loss": total, **numbers}
 

@@ -14,7 +14,8 @@ from training.autoencoder import psnr_db, reconstruction_loss
 from training.batches import Corpus
 from training.config import Config
 from training.distributed import refuse_fsdp, save_model
-from training.loop import Draws, Ema, apply_gradients, autocast, local_batch, make_optimizer, maybe_compile, run
+from training.loop import Draws, autocast, local_batch, maybe_compile, run
+from training.optim import Ema, apply_gradients, make_optimizer
 from training.sheets import contact_sheet
 
 

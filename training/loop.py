@@ -26,7 +26,6 @@ from training.config import Config
 from training.distributed import agreed, barrier, copy_from_main, device, is_main, is_sharded, mean_numbers, rank, world
 from training.dry_run import look
 from training.memory import is_out_of_memory, out_of_memory_message, peak_gib
-from training.optim import Ema, adamw, apply_gradients, layer_groups, learning_rate, make_optimizer  # noqa: F401  (stages take them from here)
 from training.tracker import open_tracker
 
 MAX_BAD_STEPS = 10

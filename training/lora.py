@@ -40,7 +40,8 @@ from training.config import Config
 from training.discriminator import Discriminator
 from training.distributed import is_main, main_first, refuse_fsdp
 from training.flow import flow_loss, flow_path, resolution_shift, shifted_time
-from training.loop import Draws, apply_gradients, autocast, code_version, device, local_batch, run
+from training.loop import Draws, autocast, code_version, device, local_batch, run
+from training.optim import apply_gradients
 from training.lora_pictures import captioned, draw_class
 from training.lora_suggest import CLASS_PICTURES, settled
 from training.losses import jvp_of_student, normalised_tangent, scm_loss, scm_tangent

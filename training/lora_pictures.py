@@ -12,7 +12,8 @@ from sana_app.model.network import TrigFlowTeacher
 from training.batches import Batch
 from training.config import Config
 from training.data.cache import digest, once, source_hash
-from training.data.shards import PICTURES, encode_png, split_name
+from training.data.shards import encode_png
+from training.data.sources import PICTURES, split_name
 from training.loop import Draws, autocast, device
 from training.sampling import sample_student, sample_teacher
 

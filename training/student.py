@@ -20,7 +20,8 @@ from training.batches import Batch, Corpus
 from training.config import Config
 from training.discriminator import Discriminator
 from training.distributed import refuse_fsdp
-from training.loop import Draws, Ema, apply_gradients, autocast, device, layer_groups, local_batch, make_optimizer, maybe_compile, run
+from training.loop import Draws, autocast, device, local_batch, maybe_compile, run
+from training.optim import Ema, apply_gradients, layer_groups, make_optimizer
 from training.losses import hinge_discriminator, hinge_generator, jvp_of_student, normalised_tangent, scm_loss, scm_tangent
 from training.pair import save_student, start_pair, weak_teacher, with_folders
 from training.sampling import guided_F, sample_student

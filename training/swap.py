@@ -31,7 +31,8 @@ from training.config import Config
 from training.data.cache import pixel_cache
 from training.distributed import barrier, is_main, main_first, shard_model
 from training.flow import flow_loss, flow_path, resolution_shift, shifted_time
-from training.loop import Draws, Ema, apply_gradients, autocast, local_batch, maybe_compile, run
+from training.loop import Draws, autocast, local_batch, maybe_compile, run
+from training.optim import Ema, apply_gradients
 from training.optim import make_optimizer
 from training.sampling import sample_teacher
 from training.sheets import contact_sheet

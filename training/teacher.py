@@ -18,7 +18,8 @@ from training.batches import Corpus
 from training.config import Config
 from training.distributed import shard_model
 from training.flow import flow_loss, flow_path, resolution_shift, shifted_time
-from training.loop import Draws, Ema, apply_gradients, autocast, device, local_batch, maybe_compile, run
+from training.loop import Draws, autocast, device, local_batch, maybe_compile, run
+from training.optim import Ema, apply_gradients
 from training.optim import layer_groups, make_optimizer
 from training.sampling import sample_teacher
 from training.sheets import contact_sheet

@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 
 from sana_app.lines import ink_from_rgb
-from training.data.sources import PICTURES, groups, list_shards, split_name  # noqa: F401  (others take split_name from here)
+from training.data.sources import PICTURES, groups, list_shards
 
 log = logging.getLogger(__name__)
 
