@@ -73,7 +73,8 @@ def test_a_transfer_that_fails_halfway_stops_and_is_not_cached_as_whole(tmp_path
     whole = write_shards(tmp_path / "shards", 12, 12)[0]
     failing = tmp_path / "fetch.sh"
     command = f"pipe:sh {failing}"
-    failing.write_text(f"head -c {whole.stat().st_size // 2} {whole}; exit 5\n")
+    # it fails when the first picture has arrived, not before
+    failing.write_text(f"head -c {whole.stat().st_size // 2} {whole}; for i in $(seq 600); do ls {tmp_path}/cache/pixels-*/part-0* && break; sleep 0.1; done >&2; exit 5\n")
     read = lambda: pixel_sets(command, "train", 32, tmp_path / "cache", reading=Reading(part_mb=0))[0]  # each picture is a part
     with pytest.raises(ValueError, match="cannot be read"):
         read()
@@ -160,16 +161,17 @@ def same_pixels(a, b):
 def test_killed_while_caching_it_goes_on_and_ends_at_the_same_pictures(tmp_path):
     write_shards(tmp_path / "data", 40, 13)
     script = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom training.data import cache\nfrom training.data.cache import Reading, pixel_sets\n"
-              f"draw = cache._drawings\ncache._drawings = lambda *a: (time.sleep(0.05), draw(*a))[1]\n"
+              f"draw = cache._drawings\nbuilt = lambda: [p for p in Path({str(tmp_path / 'cache')!r}).glob('pixels-*/part-*') if p.suffix != '.incomplete']\n"
+              f"cache._drawings = lambda *a: time.sleep(600) if len(built()) == 17 else draw(*a)\n"  # stands still there until it is killed
               f"pixel_sets({str(tmp_path / 'data')!r}, 'train', 32, Path({str(tmp_path / 'cache')!r}), reading=Reading(part_mb=0))")
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parts = lambda: sorted(p for p in (tmp_path / "cache").glob("pixels-*/part-*") if p.suffix != ".incomplete")
     while len(parts()) < 17 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     built = {p: p.stat().st_mtime_ns for p in parts()}
-    assert 17 <= len(built) < 40
+    assert len(built) == 17
     resumed = pixel_sets(str(tmp_path / "data"), "train", 32, tmp_path / "cache", reading=Reading(part_mb=0))[0]
     assert same_pixels(resumed, pixel_cache(tmp_path / "data", "train", 32, tmp_path / "other"))
     assert all(p.stat().st_mtime_ns == t for p, t in built.items())

@@ -67,10 +67,10 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     found = {name: folder / name for name in ("one", "came", "poisoned", "two", "fsdp", "came_fsdp", "continued", "two_poisoned")}
     work(str(found["one"]), 3, "sana")
     work(f"{found['came']},optimizer=came", 3, "sana")
-    work(f"{found['poisoned']},poisoned", 3, "sana")
+    work(f"{found['poisoned']},poisoned=1", 3, "sana")
     without_the_last_step(found["one"], found["continued"])
     run_on_two(str(found["two"]), f"{found['fsdp']},fsdp=true", f"{found['came_fsdp']},fsdp=true,optimizer=came", f"{found['continued']},fsdp=true",
-               f"{found['two_poisoned']},poisoned")
+               f"{found['two_poisoned']},poisoned=1")
     return found
 
 

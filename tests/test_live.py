@@ -151,10 +151,10 @@ def test_an_inflate_bomb_costs_no_memory_and_no_time():
     bomb = zlib.compress(b"\0" * 60_000_000, 9)
     assert len(bomb) < BODY_BYTES
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: a busy neighbour does not count
     with pytest.raises(ValueError, match="more than 65536"):
         inflate(bomb, SIDE * SIDE)
-    took_ms, (_, peak) = 1e3 * (time.perf_counter() - start), tracemalloc.get_traced_memory()
+    took_ms, (_, peak) = 1e3 * (time.process_time() - start), tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1_000_000 and took_ms < 50
 

@@ -1,5 +1,6 @@
 """Training that is killed, starved or fed nonsense: it goes on where it was, and says what happened."""
 
+import contextlib
 import os
 import random
 import resource
@@ -71,20 +72,22 @@ def assert_same_end(a: Path, b: Path, steps: int = STEPS) -> None:
     torch.testing.assert_close(load(a), load(b), rtol=0, atol=0)
 
 
-def until_killed(server: Server, out: Path, rng: random.Random, while_writing: bool, steps: int = STEPS) -> int:
-    """Starts the stage and kills it: after a random time, or as soon as it is seen writing a checkpoint; -> exit code."""
-    pid = server.start(out)
-    end = time.monotonic() + rng.uniform(0.0, 0.7)
-    while not (any((out / "toy" / "checkpoints").glob("*.tmp")) if while_writing else time.monotonic() > end) and newest_step(out / "toy" / "checkpoints") < steps:
+def halted(server: Server, out: Path, *settings: str) -> int:
+    """Starts the stage and waits until it stands still where `settings` say; -> process id."""
+    pid = server.start(out, *settings)
+    while not (out / "halted").exists():
         time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    return server.wait()
+    return pid
 
 
 def test_killed_again_and_again_it_ends_with_the_same_weights(server, whole, tmp_path):
-    rng = random.Random(0)
-    codes = [until_killed(server, tmp_path, rng, while_writing=number % 2 == 1) for number in range(5)]
-    assert codes.count(-signal.SIGKILL) >= 3
+    for number, step in enumerate(sorted(random.Random(0).sample(range(1, STEPS), 6))):
+        while_writing = number % 2
+        os.kill(halted(server, tmp_path, f"{'halt_writing' if while_writing else 'halt'}={step}"), signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+        assert newest_step(tmp_path / "toy" / "checkpoints") == step - while_writing
+        assert len(list(tmp_path.rglob("*.tmp"))) == while_writing
+        (tmp_path / "halted").unlink()
     server.start(tmp_path)
     assert server.wait() == 0
     assert_same_end(whole, tmp_path)
@@ -95,8 +98,15 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(server, whole, tmp
 def test_killed_at_twenty_random_moments_it_resumes(tmp_path):
     steps = 2000  # far more than twenty times a moment brings, on a fast machine too
     server, rng, codes = Server(steps), random.Random(1), []
-    while codes.count(-signal.SIGKILL) < 20 and newest_step(tmp_path / "killed" / "toy" / "checkpoints") < steps:
-        codes.append(until_killed(server, tmp_path / "killed", rng, while_writing=len(codes) % 2 == 1, steps=steps))
+    checkpoints = tmp_path / "killed" / "toy" / "checkpoints"
+    while codes.count(-signal.SIGKILL) < 20 and newest_step(checkpoints) < steps:
+        while_writing, end = len(codes) % 2, time.monotonic() + rng.uniform(0.0, 0.7)
+        pid = server.start(tmp_path / "killed")
+        while not (any(checkpoints.glob("*.tmp")) if while_writing else time.monotonic() > end) and newest_step(checkpoints) < steps:
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):  # it may just have come to its end
+            os.kill(pid, signal.SIGKILL)
+        codes.append(server.wait())
     for out in ("killed", "whole"):
         server.start(tmp_path / out)
         assert server.wait() == 0
@@ -107,13 +117,11 @@ def test_killed_at_twenty_random_moments_it_resumes(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_writes_a_checkpoint_first(server, whole, tmp_path, number):
-    pid = server.start(tmp_path, "save_minutes=1000")  # no checkpoint of its own before the end
-    while not (tmp_path / "toy" / "run.json").exists():
-        time.sleep(0.001)
-    time.sleep(0.05)
+    pid = halted(server, tmp_path, "halt=10", "save_minutes=1000")  # no checkpoint of its own before the end
     os.kill(pid, number)
-    code, step = server.wait(), newest_step(tmp_path / "toy" / "checkpoints")
-    assert (code, step) == (0, STEPS) or code == 1 and 0 < step < STEPS
+    (tmp_path / "halted").unlink()  # it goes on, and ends the step it is in
+    assert server.wait() == 1
+    assert newest_step(tmp_path / "toy" / "checkpoints") == 11
     server.start(tmp_path)
     assert server.wait() == 0
     assert_same_end(whole, tmp_path)

@@ -2,14 +2,19 @@
 
     python tests/toy_stage.py OUT[,key=value,...] ... [--steps 5] [--model sana|line]     (RANK, WORLD_SIZE, ... as a launcher sets them)
     python tests/toy_stage.py --serve ...      the same, one run for each line of the standard input, in a process forked from this one
+
+Beside the settings of a recipe: poisoned=1 (train_toy), halt=N and halt_writing=N: in step N, or half way through writing the checkpoint
+of N steps, the run makes a file OUT/halted and stands still until that is gone; a test need not guess how fast this machine is.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,7 +26,7 @@ from diffusers import SanaTransformer2DModel
 
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.network import predict_flow
-from training import distributed
+from training import checkpoint, distributed
 from training.config import Config, load_config
 from training.flow import flow_loss, flow_path
 from training.loop import Draws, local_batch, run
@@ -41,7 +46,28 @@ def tiny_sana() -> SanaTransformer2DModel:
     return model.double()
 
 
-def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisoned: bool = False) -> torch.nn.Module:
+def halt(out: Path) -> None:
+    (out / "halted").touch()
+    while (out / "halted").exists():
+        time.sleep(0.001)
+
+
+def halt_writing(out: Path, step: int) -> None:
+    """From now on the checkpoint of `step` steps is written half, then the run halts."""
+    whole = checkpoint.write_atomic
+
+    def half(path: Path, write) -> None:
+        def write_half(file) -> None:
+            content = io.BytesIO()
+            write(content)
+            file.write(content.getvalue()[:content.tell() // 2])
+            file.flush()
+            halt(out)
+        whole(path, write_half if path.name == f"step-{step:07d}.pt" else write)
+    checkpoint.write_atomic = half
+
+
+def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisoned: bool = False, halt_at: int = -1) -> torch.nn.Module:
     """`poisoned`: in step 1 the last process finds a gradient that is not a number."""
     torch.manual_seed(0)
     model = tiny_sana() if kind == "sana" else torch.nn.Linear(500, 500)
@@ -54,6 +80,8 @@ def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisone
     count = local_batch(BATCH, config)
 
     def train_step(step: int, draws: Draws) -> dict[str, float]:
+        if step == halt_at:
+            halt(out)
         total = 0.0
         for part in draws.parts(config.micro_batches):
             if kind == "sana":
@@ -76,10 +104,13 @@ def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisone
 
 
 def work(job: str, steps: int, kind: str) -> None:
-    """One run. `job`: OUT[,poisoned][,key=value,...]"""
+    """One run. `job`: OUT[,key=value,...]"""
     out, *sets = job.split(",")
-    settings = [*SETTINGS, *(s for s in sets if s != "poisoned")]
-    averaged = train_toy(load_config("tiny-cpu", settings), Path(out), steps, kind, "poisoned" in sets)
+    own = {name: int(value) for name, value in (s.split("=") for s in sets) if name in ("poisoned", "halt", "halt_writing")}
+    config = load_config("tiny-cpu", [*SETTINGS, *(s for s in sets if s.split("=")[0] not in own)])
+    if "halt_writing" in own:
+        halt_writing(Path(out), own["halt_writing"])
+    averaged = train_toy(config, Path(out), steps, kind, "poisoned" in own, own.get("halt", -1))
     if kind == "sana":
         distributed.save_model(averaged, Path(out) / "model")
 
