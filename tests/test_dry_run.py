@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sana_app.model.controlnet import SanaSprintControlNetModel
+from sana_app.model.convert import sprint_from_teacher
 from toy_stage import tiny_sana
 from training.__main__ import main
 from training.autoencoder import build_autoencoder
@@ -19,7 +20,7 @@ from training.memory import GIB, checkpointed_gib, more_micro_batches, standing_
 from training.teacher import build_teacher
 
 SIZES = ["ae_channels=8,8,16,16,16", "ae_latent_channels=8", "ae_batch=4", "heads=2", "cross_heads=2", "layers=3", "teacher_batch=4", "controlnet_layers=1",
-         "controlnet_batch=4", "student_batch=4", "disc_blocks=0,2", "autoguidance=0"]
+         "controlnet_batch=4", "jump_batch=4", "student_batch=4", "disc_blocks=0,2", "autoguidance=0"]
 
 
 def start_folder(folder: Path) -> Path:
@@ -30,7 +31,10 @@ def start_folder(folder: Path) -> Path:
     teacher = build_teacher(config, 8, config.size_px // 16, 384)
     teacher.save_pretrained(folder / "teacher" / "transformer")
     teacher.save_pretrained(folder / "controlnet" / "transformer")
-    SanaSprintControlNetModel.from_transformer(teacher, 1).save_pretrained(folder / "controlnet" / "controlnet")
+    controlnet = SanaSprintControlNetModel.from_transformer(teacher, 1)
+    controlnet.save_pretrained(folder / "controlnet" / "controlnet")
+    for name, network in (("transformer", teacher), ("controlnet", controlnet)):
+        sprint_from_teacher(network).save_pretrained(folder / "jump" / name)
     return folder
 
 
@@ -49,6 +53,7 @@ def dry(monkeypatch, capsys, out: Path, stage: str, *sets: str) -> str:
     ("autoencoder", "vae", "Encoder(hidden_states [16, 3, 32, 32] float32)"),
     ("teacher", "model", "SanaTransformer2DModel(hidden_states [4, 8, 4, 4] float32"),
     ("controlnet", "pair", "SanaSprintControlNetModel(hidden_states [4, 8, 4, 4] float32"),
+    ("jump", "student", "TrigFlowTeacher(x [4, 8, 4, 4] float32, t [4] float32"),
     ("student", "student", "TrigFlowTeacher(x [8, 8, 4, 4] float32, t [8] float32"),  # the teacher, with and without guidance, in one call
     ("decoder", "decoder", "Decoder(hidden_states [4, 8, 4, 4] float32)"),
 ])

@@ -18,7 +18,7 @@ from training.optim import Ema, adamw, apply_gradients, learning_rate
 ROOT = Path(__file__).parent.parent
 # smaller still than tiny-cpu: two steps of everything
 TWO_STEPS = dict(ae_channels=(8, 8, 16, 16, 16), ae_latent_channels=8, ae_steps=4, ae_batch=4, heads=2, cross_heads=2, layers=3, teacher_steps=2,
-                 teacher_batch=4, controlnet_layers=1, controlnet_steps=2, controlnet_batch=4, student_steps=4, student_batch=4, decoder_steps=2, disc_blocks=(0, 2),
+                 teacher_batch=4, controlnet_layers=1, controlnet_steps=2, controlnet_batch=4, jump_paths=32, jump_steps=2, jump_batch=4, student_steps=4, student_batch=4, decoder_steps=2, disc_blocks=(0, 2),
                  lr_warmup_steps=1)
 
 
@@ -163,7 +163,7 @@ def test_the_whole_chain_makes_a_model_that_the_pipeline_draws_with(tmp_path):
     lines[:, :, 20:44, 31:33] = 1
     picture = pipe(prompt="a red apple", control_image=lines, seed=1, output_type="pt").images
     assert picture.shape == (1, 3, 64, 64) and torch.isfinite(picture).all()
-    assert all((tmp_path / stage / "run.json").exists() for stage in ("autoencoder", "teacher", "controlnet", "student", "decoder"))
+    assert all((tmp_path / stage / "run.json").exists() for stage in ("autoencoder", "teacher", "controlnet", "jump", "student", "decoder"))
     assert list((tmp_path / "student").glob("preview-*.png"))
     # a second run finds everything done
     again = chain(tmp_path)

@@ -19,6 +19,7 @@ STAGES = {
     "autoencoder": ("training.autoencoder", "train_autoencoder"),
     "teacher": ("training.teacher", "train_teacher"),
     "controlnet": ("training.controlnet", "train_controlnet"),
+    "jump": ("training.jump", "train_jump"),
     "student": ("training.student", "train_student"),
     "decoder": ("training.decoder", "train_decoder"),
     "export": ("training.export", "export_model"),
@@ -26,7 +27,7 @@ STAGES = {
     "finetune": ("training.finetune", "train_finetune"),
     "swap": ("training.swap", "train_swap"),
 }
-CHAIN = ("autoencoder", "teacher", "controlnet", "student", "decoder", "export")  # what "all" runs, in this order
+CHAIN = ("autoencoder", "teacher", "controlnet", "jump", "student", "decoder", "export")  # what "all" runs, in this order
 
 
 def main() -> None:

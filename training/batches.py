@@ -28,7 +28,7 @@ from training.regions import weight_map
 class Batch:
     """x0, cond: unit-variance latents [B, C, h, w]; text [B, L, D] and mask [B, L], null_* the empty prompt's.
 
-    weight: loss weights of the regions [B, 1, h, w], of mean 1 a picture (regions.py); rows: the pictures' numbers in their shelf.
+    weight: loss weights of the regions [B, 1, h, w], of mean 1 a picture (regions.py); rows, inks: the pictures' and drawings' numbers in their shelf.
     """
 
     x0: torch.Tensor
@@ -41,6 +41,7 @@ class Batch:
     captions: list[str]
     weight: torch.Tensor | None = None
     shelf: int = 0
+    inks: np.ndarray | None = None
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Corpus:
             if shelf.pixels.regions[row]:
                 weight[i, 0] = torch.from_numpy(weight_map(shelf.pixels.regions[row], *x0.shape[2:], self.config.region_weight))
         return Batch(x0, load(shelf.latents.conds, inks), text.to(device()), mask.to(device()),
-                     null_text.to(device()), null_mask.to(device()), rows, captions, weight.to(device()), number)
+                     null_text.to(device()), null_mask.to(device()), rows, captions, weight.to(device()), number, inks)
 
     def draw(self, count: int, draws: Draws) -> Batch:
         """A random batch of one shape: pictures by weight, one of each picture's drawings and captions, some captions empty.

@@ -120,6 +120,12 @@ class Config:
     swap_psnr_drop_db: float = 3.0     # how far a new autoencoder may reconstruct below the old one before the swap stops
     text_encoder_lr: float = 0.0       # learning rate of the text encoder, tuned jointly in the swap stage; 0 = frozen, states cached
     latent_band: float = 4.0           # half width of the monitor's band, in standard errors of the reference statistics
+    # jump: the student's first lesson (trajectories.py)
+    jump_paths: int = 0                # paths that the teacher walks once, for the student to learn jumps to their ends; 0 = no such stage
+    jump_path_steps: int = 6           # steps of a path
+    jump_steps: int = 2000
+    jump_batch: int = 48
+    jump_lr: float = 5e-4
     # student (sCM + LADD)
     student_steps: int = 1000          # alternating: every other step trains the discriminator
     student_batch: int = 32
@@ -133,6 +139,7 @@ class Config:
     scm_weight: float = 1.0
     ladd_weight: float = 0.5
     ladd_t_max_share: float = 0.5      # share of adversarial samples whose student time is t_max
+    jump_weight: float = 0.0           # weight of the jumps beside the two, where there are paths
     ladd_misaligned: bool = False      # real pictures under another sample's caption as further fakes (half as much work again in those steps)
     guidance: tuple = (4.0, 4.5, 5.0)  # guidance scales the student is trained for
     guidance_gain: float = 1.0         # the teacher's scale is 1 + gain * (w - 1): below 1 for a small teacher, which saturates early,

@@ -1,4 +1,4 @@
-"""Stage 5: the decoder alone, once more, on the frozen encoder's cached latents.
+"""Stage 6: the decoder alone, once more, on the frozen encoder's cached latents.
 
 The latents stay what the denoiser was trained on, so this can run at any time after the autoencoder, and it is cheap: no
 encoder in the step. An added squared error buys PSNR, a little latent noise keeps the decoder forgiving.

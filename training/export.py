@@ -1,4 +1,4 @@
-"""Stage 6: the model folder that the app and stock diffusers load: half precision, safetensors.
+"""Stage 7: the model folder that the app and stock diffusers load: half precision, safetensors.
 
     python -m training export --recipe emoji-128     ->  runs/emoji-128/model
 """

@@ -174,7 +174,7 @@ def out_of_memory_message(name: str, config: Config, batch: int, parts: dict, tr
     if config.optimizer == "adamw":
         lighter, share = ("came", 2) if config.fsdp else ("adamw8bit", 4)  # bitsandbytes does not know shards
         helps.append(f"optimizer={lighter}: optimiser {held['optimiser'] / share:.2f} instead of {held['optimiser']:.2f} GiB")
-    if world() > 1 and not config.fsdp and name != "student":
+    if world() > 1 and not config.fsdp and name not in ("student", "jump"):
         helps.append(f"fsdp=true: weights, gradients and optimiser {sum(held.values()) / world():.2f} instead of {sum(held.values()):.2f} GiB a process")
     if config.precision == "fp32":
         helps.append(f"precision=bf16{about(1 / 2)}")

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from diffusers import SCMScheduler
+import torch
+from diffusers import ModelMixin, SCMScheduler
 
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.controlnet import SanaSprintControlNetModel
@@ -49,6 +50,13 @@ def with_folders(config: Config, out: Path) -> Config:
     """`config` with `vae` and `text_encoder` of the Sprint folder, or of the teacher's."""
     teacher, sprint = find_folders(config, out)
     return with_base(dataclasses.replace(config, base=str(sprint or teacher)), out)
+
+
+def trained_part(config: Config, student: TrigFlowTeacher, average: torch.nn.Module | None = None) -> torch.nn.Module:
+    """What of `student` is trained: all of it, or its ControlNet alone; with the `average` of that, the whole student that it makes."""
+    if average is None:
+        return student if config.student_base else student.controlnet
+    return average if config.student_base else TrigFlowTeacher(student.transformer, average)
 
 
 def start_pair(config: Config, out: Path) -> tuple[TrigFlowTeacher, TrigFlowTeacher]:
@@ -90,15 +98,28 @@ def weak_teacher(config: Config, out: Path) -> TrigFlowTeacher | None:
     return pair.to(device(), frozen_dtype(config)).requires_grad_(False).eval()
 
 
+def trained_networks(config: Config, student: TrigFlowTeacher) -> dict[str, ModelMixin]:
+    return ({"transformer": student.transformer} if config.student_base else {}) | ({"controlnet": student.controlnet} if student.controlnet is not None else {})
+
+
+def save_jump(config: Config, out: Path, average: TrigFlowTeacher) -> None:
+    """Writes OUT/jump: what the jump stage trained."""
+    save_folder(out / "jump", trained_networks(config, average))
+
+
+def load_jump(config: Config, out: Path, student: TrigFlowTeacher) -> None:
+    """Puts the weights of OUT/jump into `student`, where the recipe has a jump stage. ValueError where that has not been run."""
+    for name, network in trained_networks(config, student).items() if config.jump_paths else ():
+        if not (out / "jump" / name / "config.json").is_file():
+            raise ValueError(f"no {name} at {out / 'jump'}: run the jump stage first, or set jump_paths=0 to start as the teacher")
+        network.load_state_dict(load_part(out / "jump" / name, type(network)).state_dict())
+
+
 def save_student(config: Config, out: Path, average: TrigFlowTeacher) -> None:
     """Writes OUT/student: what was trained, beside the other parts of the Sprint folder or of the teacher's: if that is a whole model
     folder, so is this, for the app and for the stock SanaSprintPipeline."""
     teacher_at, sprint_at = find_folders(config, out)
-    networks, index = {}, {}
-    if config.student_base:
-        networks["transformer"] = average.transformer
-    if average.controlnet is not None:
-        networks["controlnet"] = average.controlnet
+    networks, index = trained_networks(config, average), {}
     if sprint_at is None and (teacher_at / "model_index.json").exists():
         networks["scheduler"] = SCMScheduler()
         index = {"_class_name": "SanaSprintPipeline", "scheduler": ["diffusers", "SCMScheduler"]}

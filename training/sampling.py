@@ -7,6 +7,8 @@ import torch
 from sana_app.model import trigflow
 from sana_app.model.network import TrigFlowTeacher
 from training.batches import Batch
+from training.config import Config
+from training.loop import Draws, device
 
 
 def guided_F(teacher: TrigFlowTeacher, x: torch.Tensor, t: torch.Tensor, batch: Batch, w: torch.Tensor | float,
@@ -26,15 +28,34 @@ def guided_F(teacher: TrigFlowTeacher, x: torch.Tensor, t: torch.Tensor, batch: 
     return F
 
 
+def student_guidance(config: Config, draws: Draws, count: int) -> torch.Tensor:
+    """Guidance scales the student is trained for, drawn at random: [count]."""
+    scales = torch.tensor(config.guidance, device=device())
+    return scales[(draws.uniform(count) * len(config.guidance)).long()]
+
+
+def teacher_guidance(config: Config, w: torch.Tensor) -> torch.Tensor:
+    """The teacher's scale where the student is given `w`: 1 + guidance_gain·(w - 1)."""
+    return 1 + config.guidance_gain * (w - 1)
+
+
 @torch.no_grad()
-def sample_teacher(teacher: TrigFlowTeacher, batch: Batch, noise: torch.Tensor, steps: int, w: float, scale: float = 1.0) -> torch.Tensor:
-    """Deterministic ODE from `noise` (unit variance, [B, C, h, w]) to unit-variance clean latents in `steps` Euler steps on the arc."""
+def teacher_states(teacher: TrigFlowTeacher, batch: Batch, noise: torch.Tensor, steps: int, w: torch.Tensor | float, scale: torch.Tensor | float = 1.0,
+                   weak: TrigFlowTeacher | None = None, weak_weight: float = 0.0) -> torch.Tensor:
+    """The deterministic ODE from `noise` (unit variance, [B, C, h, w]) in `steps` Euler steps on the arc: all states, unit variance
+    [B, steps + 1, C, h, w], the clean latents last."""
     x = noise * trigflow.SIGMA_DATA
-    times = trigflow.ode_timesteps(steps)
+    times, states = trigflow.ode_timesteps(steps), [noise]
     for t, u in zip(times[:-1], times[1:]):
-        F = guided_F(teacher, x / trigflow.SIGMA_DATA, torch.full((len(x),), t, device=x.device), batch, w, scale)
+        F = guided_F(teacher, x / trigflow.SIGMA_DATA, torch.full((len(x),), t, device=x.device), batch, w, scale, weak, weak_weight)
         x = trigflow.ode_step(x, F, t, u)
-    return x / trigflow.SIGMA_DATA
+        states.append(x / trigflow.SIGMA_DATA)
+    return torch.stack(states, dim=1)
+
+
+def sample_teacher(teacher: TrigFlowTeacher, batch: Batch, noise: torch.Tensor, steps: int, w: float, scale: float = 1.0) -> torch.Tensor:
+    """Clean latents of `teacher_states`, [B, C, h, w]."""
+    return teacher_states(teacher, batch, noise, steps, w, scale)[:, -1]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Stage 4: the one-step student, with its ControlNet (SANA-Sprint §3: sCM + LADD; the same losses distil the ControlNet).
+"""Stage 5: the one-step student, with its ControlNet (SANA-Sprint §3: sCM + LADD; the same losses distil the ControlNet).
 
-Student and discriminator alternate step by step. The student starts as its teacher; nothing is drawn twice from the
-same numbers; formulas are in losses.py and sana_app.model.trigflow, the discriminator in discriminator.py.
+Student and discriminator alternate step by step. The student starts as its teacher, or as the jump stage left it; nothing is drawn
+twice from the same numbers; formulas are in losses.py and sana_app.model.trigflow, the discriminator in discriminator.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from training.distributed import refuse_fsdp
 from training.loop import Draws, autocast, device, local_batch, maybe_compile, run
 from training.optim import Ema, apply_gradients, layer_groups, make_optimizer
 from training.losses import hinge_discriminator, hinge_generator, jvp_of_student, normalised_tangent, scm_loss, scm_tangent
-from training.pair import save_student, start_pair, weak_teacher, with_folders
-from training.sampling import guided_F, sample_student
+from training.pair import load_jump, save_student, start_pair, trained_part, weak_teacher, with_folders
+from training.sampling import guided_F, sample_student, student_guidance, teacher_guidance
 from training.sheets import contact_sheet
+from training.trajectories import Trajectories, make_trajectories, trajectory_loss
 
 SIGMA_DATA = trigflow.SIGMA_DATA
 
@@ -61,16 +62,15 @@ class Distillation:
     conditioning scale (0 = without lines), `w` [B] the guidance scale; x_t, x0, z have std sigma_data."""
 
     def __init__(self, config: Config, teacher: TrigFlowTeacher, student: TrigFlowTeacher, disc: Discriminator, logvar: Logvar,
-                 weak: TrigFlowTeacher | None = None):
-        self.config, self.teacher, self.student, self.disc, self.logvar, self.weak = config, teacher, student, disc, logvar, weak
+                 weak: TrigFlowTeacher | None = None, paths: Trajectories | None = None):
+        self.config, self.teacher, self.student, self.disc, self.logvar, self.weak, self.paths = config, teacher, student, disc, logvar, weak, paths
 
     def consistency(self, x_t, t, w, batch: Batch, scale, r) -> torch.Tensor:
         """sCM: the student's own tangent, with the guided teacher as the field."""
         student, x = self.student, x_t / SIGMA_DATA
         with autocast(self.config):
             with torch.no_grad():
-                w_teacher = 1 + self.config.guidance_gain * (w - 1)
-                dxdt = SIGMA_DATA * guided_F(self.teacher, x, t, batch, w_teacher, scale, self.weak, self.config.autoguidance)
+                dxdt = SIGMA_DATA * guided_F(self.teacher, x, t, batch, teacher_guidance(self.config, w), scale, self.weak, self.config.autoguidance)
                 function = lambda x, t: student(x, t, batch.text, batch.mask, batch.cond, scale, w)
                 F_minus, dF = jvp_of_student(function, x, t, dxdt)
                 g = normalised_tangent(scm_tangent(F_minus, dF, x_t, dxdt, t, r))
@@ -100,13 +100,19 @@ class Distillation:
             on_real, *on_fake = self.judge(torch.cat(judged), z_disc, t_disc, Batch(*map(repeat, vars(batch).values())), repeat(scale)).chunk(len(judged))
         return hinge_discriminator(on_real, torch.cat(on_fake, dim=1)).mean(), (on_real.mean() - on_fake[0].mean()).detach()
 
+    def jump(self, paths: Trajectories, draws: Draws, corpus: Corpus) -> torch.Tensor:
+        """The jump stage's loss (trajectories.py), on as many samples."""
+        batch, x, t, x0, w, scale = paths.draw(local_batch(self.config.student_batch, self.config), draws, corpus)
+        with autocast(self.config):
+            return trajectory_loss(lambda x, t: self.student(x, t, batch.text, batch.mask, batch.cond, scale, w), x, t, x0).mean()
+
     def backward(self, step: int, draws: Draws, corpus: Corpus) -> dict[str, float]:
         """Gradients of one micro-batch, `draws` its own: of the student at even steps, of the discriminator at odd ones."""
         config, count = self.config, local_batch(self.config.student_batch, self.config)
         batch = corpus.draw(count, draws)
         x0, z = batch.x0 * SIGMA_DATA, draws.normal(*batch.x0.shape) * SIGMA_DATA
         t = trigflow.t_from_normal(draws.normal(count), config.scm_mean, config.scm_std)
-        w = torch.tensor(config.guidance, device=x0.device)[(draws.uniform(count) * len(config.guidance)).long()]
+        w = student_guidance(config, draws, count)
         no_lines = config.controlnet_no_lines if config.student_base else 0.0
         scale = (draws.uniform(count) >= no_lines).float()
         t_adv, t_disc = adversarial_times(draws.normal(count), draws.uniform(count), t, config.ladd_t_max_share)
@@ -131,6 +137,10 @@ class Distillation:
             loss = self.adversarial(x_adv, t_adv, z_disc, t_disc, w, batch, scale)
             (config.ladd_weight / config.micro_batches * loss).backward()
             found["ladd"] = loss.item()
+        if self.paths is not None:
+            loss = self.jump(self.paths, draws, corpus)
+            (config.jump_weight / config.micro_batches * loss).backward()
+            found["jump"] = loss.item()
         return found
 
 
@@ -141,21 +151,24 @@ def train_student(config: Config, out: Path) -> None:
     corpus, held_out = Corpus(config, out, "train"), Corpus(config, out, "val")
     torch.manual_seed(config.seed)
     teacher, student = (net.to(device()) for net in start_pair(config, out))
+    load_jump(config, out, student)
     use_explicit_softmax(teacher)
     use_explicit_softmax(student)
     for network in [n for net in (teacher, student) for n in net.children()] if config.checkpointing else ():
         network.enable_gradient_checkpointing()  # no part of the JVP, which runs without gradients
-    trained = student if config.student_base else student.controlnet
+    trained = trained_part(config, student)
     width = student.transformer.config.num_attention_heads * student.transformer.config.attention_head_dim
     logvar = Logvar(width, held_out.latents.images[0].size).to(device())
     disc = Discriminator(teacher, config.disc_blocks).to(device())
     ema = Ema(trained, config.ema)
-    average = ema.module if config.student_base else TrigFlowTeacher(student.transformer, ema.module)
+    average = trained_part(config, student, ema.module)
     groups = layer_groups(student, config.student_lr, config)
     groups[-1][0].extend(logvar.parameters())
     opt = make_optimizer(groups, config)
     disc_opt = make_optimizer([(list(disc.parameters()), config.student_disc_lr)], config)
-    losses = Distillation(config, teacher, student, disc, logvar, weak_teacher(config, out))
+    weak = weak_teacher(config, out)
+    paths = make_trajectories(config, corpus, teacher, weak, out / "cache") if config.jump_paths and config.jump_weight else None
+    losses = Distillation(config, teacher, student, disc, logvar, weak, paths)
     for name in ("consistency", "adversarial", "discriminate"):
         setattr(losses, name, maybe_compile(config.compile_denoiser, getattr(losses, name)))
 
