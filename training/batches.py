@@ -156,8 +156,9 @@ class Corpus:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Unit-variance latents [B, C, h, w] -> pictures [B, 3, H, W] in [-1, 1]."""
-        return self.vae.decode(latents.float() / self.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+        """Unit-variance latents [B, C, h, w] -> pictures [B, 3, H, W] in [-1, 1], as many at once as are encoded at once."""
+        parts = (latents.float() / self.vae.config.scaling_factor).split(self.config.encode_batch)
+        return torch.cat([self.vae.decode(part, return_dict=False)[0] for part in parts]).clamp(-1, 1)
 
     def drawings(self, batch: Batch) -> torch.Tensor:
         """The conditions of `fixed` pictures as a person sees them, [B, 3, H, W] in [-1, 1]: drawings dark on light, colour as it is."""
