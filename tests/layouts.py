@@ -86,6 +86,13 @@ def tiny_gemma(seed: int = 0):
     return tokenizer, Gemma2Model(config).eval()
 
 
+class ListScheduler(SCMScheduler):
+    """The stock pipeline hands over a list of times without num_inference_steps, which the stock scheduler requires."""
+
+    def set_timesteps(self, num_inference_steps=None, timesteps=None, **kwargs):
+        super().set_timesteps(num_inference_steps or len(timesteps) - 1, timesteps=timesteps, **kwargs)
+
+
 def build_small_folder(folder: Path | str, seed: int = 0, controlnet: bool = True, **transformer_overrides) -> Path:
     """The layout we ship: a BERT text encoder, prompt.json (32 tokens, no instruction), half-precision weights, controlnet/."""
     from sana_app.model.pipeline import SanaSprintControlNetPipeline

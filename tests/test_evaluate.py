@@ -1,15 +1,18 @@
 """The evaluation on a random-weight model: what it chooses, that it repeats itself, and what it leaves behind."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from layouts import build_small_folder
+from pictures import write_pictures
 from PIL import Image
 
+from training.config import Config
 from training.data.cache import Pixels
-from training.evaluate import choose, evaluate, model_hash, table
+from training.evaluate import choose, evaluate, evaluate_run, model_hash, table
 
 SAMPLE = Path(__file__).parent.parent / "assets" / "sample"
 TIMED = ("latency_ms", "hardware")
@@ -54,11 +57,13 @@ def test_another_seed_chooses_other_pictures_and_the_same_seed_the_same():
 def test_the_report_has_the_flat_keys_others_read_and_is_what_was_stored(found):
     out, numbers = found
     assert json.loads((out / "metrics.json").read_text()) == numbers
-    wanted = ["psnr_db", "line_f1_1step", "line_f1_2step", "line_f1_4step", "line_f1_off", "line_f1_real", "prompt_colour_shift",
-              "sharpness_ratio", "seed_diversity", *(f"latency_ms_{p}" for p in ("text", "condition", "controlnet", "transformer", "decode", "p50"))]
+    every = [f"{name}{steps}{off}" for steps in ("", "_2step", "_4step") for off in ("", "_off") for name in ("seed_diversity",)]
+    every += [f"{name}_{column}" for name in ("line_f1", "sharpness_ratio") for column in ("1step", "2step", "4step", "off", "2step_off", "4step_off")]
+    wanted = [*every, "psnr_db", "line_f1_real", "prompt_colour_shift", "prompt_colour_shift_2step", "prompt_colour_right_4step", "sharpness_ratio",
+              "latency_ms_p50_2step", "latency_ms_p50_4step", "latency_ms_p50_off", *(f"latency_ms_{p}" for p in ("text", "condition", "controlnet", "transformer", "decode", "p50"))]
     assert all(np.isfinite(numbers[key]) for key in wanted)
     assert numbers["split"] == "val" and numbers["count"] == 4
-    assert all(key in table(numbers) for key in ("line_f1", "latency_ms"))
+    assert all(key in table(numbers) for key in ("line_f1", "latency_ms", "2step_off"))
     parts = sum(numbers[f"latency_ms_{p}"] for p in ("text", "condition", "controlnet", "transformer", "decode"))
     assert parts < 1.5 * numbers["latency_ms_p50"]
 
@@ -95,3 +100,21 @@ def test_a_model_without_a_controlnet_is_refused_by_name(tmp_path):
     folder = build_small_folder(tmp_path / "plain", controlnet=False)
     with pytest.raises(ValueError, match="plain has no controlnet"):
         evaluate(folder, SAMPLE, "val", 4, 0, tmp_path, tmp_path / "cache")
+
+
+def test_a_folder_without_a_held_out_part_is_not_called_held_out(model, tmp_path, capsys):
+    write_pictures(tmp_path / "mine", 3)
+    numbers = evaluate(model, tmp_path / "mine", "val", 3, 0, tmp_path / "report", tmp_path / "cache", runs=1)
+    assert numbers["split"] == "train (no held-out part)" and "numbers on training pictures" in capsys.readouterr().out
+
+
+def test_the_stage_measures_the_exported_model_once(model, tmp_path, capsys):
+    config = Config(data=str(SAMPLE), evaluate_count=4)
+    with pytest.raises(ValueError, match="run the export stage first"):
+        evaluate_run(config, tmp_path)
+    shutil.copytree(model, tmp_path / "model")
+    evaluate_run(config, tmp_path)
+    first = (tmp_path / "model" / "metrics.json").read_text()
+    assert json.loads(first)["model_hash"] == model_hash(model) and "line_f1" in capsys.readouterr().out
+    evaluate_run(config, tmp_path)
+    assert (tmp_path / "model" / "metrics.json").read_text() == first and "already" in capsys.readouterr().out

@@ -28,11 +28,21 @@ def test_drawn_noise_is_scaled_and_given_latents_are_not(pipe):
     torch.testing.assert_close(pipe("a cat", latents=whole, height=32, width=32, output_type="latent").images, given, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_what_the_pipeline_draws_itself_is_scaled_at_every_step(pipe, steps):
+    pipe.noise_scale = 0.7
+    found = pipe("a cat", num_inference_steps=steps, height=32, width=32, seed=7, output_type="latent").images
+    generator = torch.Generator().manual_seed(7)
+    noise = pipe.noise(32, 32, generator)
+    by_hand = pipe.denoise(noise, *pipe.encode_prompt("a cat"), timesteps=trigflow.sprint_timesteps(steps), generator=generator, noise_scale=0.7)
+    torch.testing.assert_close(found, by_hand, rtol=0, atol=0)
+
+
 def test_the_noise_between_steps_is_scaled_too(pipe):
-    pipe.noise_scale, times = 0.6, trigflow.sprint_timesteps(4)
+    times = trigflow.sprint_timesteps(4)
     embeds, mask = pipe.encode_prompt("a cat")
     noise = torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(1))
-    found = pipe.denoise(noise, embeds, mask, timesteps=times, generator=torch.Generator().manual_seed(2))
+    found = pipe.denoise(noise, embeds, mask, timesteps=times, generator=torch.Generator().manual_seed(2), noise_scale=0.6)
 
     draws, x_t = torch.Generator().manual_seed(2), noise * trigflow.SIGMA_DATA
     for t, u in zip(times[:-1], times[1:]):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaSprintPipeline, SCMScheduler
-from layouts import PUBLISHED_TRANSFORMER_CONFIG, build_small_folder, build_sprint_folder, tiny_controlnet
+from layouts import PUBLISHED_TRANSFORMER_CONFIG, ListScheduler, build_small_folder, build_sprint_folder, tiny_controlnet
 from layouts import tiny_transformer
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -21,13 +21,6 @@ from sana_app.model.pipeline import SanaSprintControlNetPipeline
 
 SIZE = 32  # pixels; 4x4 latents
 EXACT = dict(rtol=0, atol=0)
-
-
-class ListScheduler(SCMScheduler):
-    """The stock pipeline hands over a list of times without num_inference_steps, which the stock scheduler requires."""
-
-    def set_timesteps(self, num_inference_steps=None, timesteps=None, **kwargs):
-        super().set_timesteps(num_inference_steps or len(timesteps) - 1, timesteps=timesteps, **kwargs)
 
 
 @pytest.fixture(scope="module")

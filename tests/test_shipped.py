@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SanaSprintPipeline
+from layouts import ListScheduler
 
 from sana_app.lines import condition_from_ink
 from sana_app.model.pipeline import SanaSprintControlNetPipeline
+from sana_app.model.trigflow import sprint_timesteps
 from training.data.shards import read_samples
 from training.evaluate import model_hash, to_uint8
 from training.metrics import line_f1
@@ -32,13 +34,17 @@ def test_its_report_is_about_these_weights():
     assert json.loads((FOLDER / "metrics.json").read_text())["model_hash"] == model_hash(FOLDER)
 
 
-def test_stock_diffusers_draws_the_same_picture_without_lines(pipe):
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_stock_diffusers_draws_the_same_picture_without_lines(pipe, steps):
     stock = SanaSprintPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
-    latents = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(3))
-    theirs = stock("a red apple, 3d style", height=128, width=128, num_inference_steps=1, intermediate_timesteps=None, max_timesteps=torch.pi / 2,
-                   latents=latents, complex_human_instruction=None, max_sequence_length=32, use_resolution_binning=False, output_type="latent").images
-    ours = pipe("a red apple, 3d style", latents=latents, output_type="latent").images
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    stock.scheduler = ListScheduler()
+    stock.set_progress_bar_config(disable=True)
+    latents, five = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(3)), lambda: torch.Generator().manual_seed(5)
+    common = dict(num_inference_steps=steps, timesteps=sprint_timesteps(steps), latents=latents, output_type="latent")
+    theirs = stock("a red apple, 3d style", height=128, width=128, intermediate_timesteps=None, max_timesteps=None, complex_human_instruction=None,
+                   max_sequence_length=32, use_resolution_binning=False, generator=five(), **common).images
+    ours = pipe("a red apple, 3d style", generator=five(), **common).images
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_it_follows_held_out_lines(pipe):

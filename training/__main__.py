@@ -23,11 +23,12 @@ STAGES = {
     "student": ("training.student", "train_student"),
     "decoder": ("training.decoder", "train_decoder"),
     "export": ("training.export", "export_model"),
+    "evaluate": ("training.evaluate", "evaluate_run"),
     "lora": ("training.lora", "train_lora"),
     "finetune": ("training.finetune", "train_finetune"),
     "swap": ("training.swap", "train_swap"),
 }
-CHAIN = ("autoencoder", "teacher", "controlnet", "jump", "student", "decoder", "export")  # what "all" runs, in this order
+CHAIN = ("autoencoder", "teacher", "controlnet", "jump", "student", "decoder", "export", "evaluate")  # what "all" runs, in this order
 
 
 def main() -> None:
@@ -59,8 +60,8 @@ def main() -> None:
 def run_stage(stage: str, config: Config, out: Path, dry_all: bool) -> None:
     """One stage; in a dry run of all of them one that cannot be looked at yet is named and passed over."""
     module, function = STAGES[stage]
-    if config.dry_run and stage == "export":
-        print("export: trains nothing; puts the stages' results together in OUT/model")
+    if config.dry_run and stage in ("export", "evaluate"):
+        print({"export": "export: trains nothing; puts the stages' results together in OUT/model", "evaluate": "evaluate: trains nothing; measures OUT/model"}[stage])
         return
     try:
         getattr(importlib.import_module(module), function)(config, out)

@@ -17,7 +17,7 @@ from training.config import Config
 from training.balance import load_weights, row_weights
 from training.data.cache import Pixels, Reading, join_pixels, pixel_sets
 from training.data.latents import Latents, join_latents, latent_cache
-from training.data.sources import list_shards, parse_mixture
+from training.data.sources import has_held_out, list_shards, parse_mixture
 from training.data.texts import Texts, folder_hash, text_cache
 from training.distributed import is_main, main_first
 from training.loop import Draws, autocast, device, maybe_compile
@@ -71,7 +71,7 @@ class Corpus:
         if config.size_px % self.vae.spatial_compression_ratio:
             raise ValueError(f"size_px={config.size_px}: wanted a multiple of {self.vae.spatial_compression_ratio}, by which the autoencoder at {folder} compresses")
         if split == "val" and is_main():
-            for loose in (spec for spec, _ in sources if list_shards(spec, split) == [spec]):
+            for loose in (spec for spec, _ in sources if not has_held_out(spec)):
                 print(f"{loose} has no held-out part (val-*.tar shards): validation and previews use the training pictures")
         vae_key = f"{(folder / 'config.json').read_text()}{weights_hash(self.vae)}"
         if config.vae_tiling:

@@ -146,6 +146,7 @@ class Config:
                                        # while the student keeps the published range of w, and with it stock pipelines' default
     autoguidance: float = 0.0          # weight of (teacher - weak teacher) in the field the student learns; 0 = none
     disc_blocks: tuple = (2, 4, 6, 7)  # teacher blocks whose output the discriminator reads
+    evaluate_count: int = 128          # held-out pictures that the numbers are made on
     noise_scale: float = 1.0           # export: std of the noise a picture starts from; below 1 cleaner and less varied pictures
     ema: float = 0.999                 # decay of the averaged weights that are saved; ramped up from 0
     lr_warmup_steps: int = 50

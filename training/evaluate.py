@@ -29,19 +29,24 @@ from PIL import Image, ImageDraw
 
 from sana_app.lines import condition_from_ink
 from sana_app.model.pipeline import SanaSprintControlNetPipeline
+from sana_app.model.trigflow import sprint_timesteps
 from training import metrics
 from training.autoencoder import psnr_db
 from training.checkpoint import write_atomic
+from training.config import Config
 from training.data.cache import Pixels, pixel_cache
 from training.data.captions import article, styled, with_colour
 from training.data.colour import hue_of, recolour
 from training.data.emoji import PEOPLE
+from training.data.sources import has_held_out, parse_mixture
+from training.distributed import device, is_main
 
 STEPS = (1, 2, 4)
+EMOJI, SAMPLE = Path("runs/data/emoji-128"), Path("assets/sample")
 COLOURS = ("red", "yellow", "green", "blue")
 SHEET_ROWS, SHEET_CELL_PX = 32, 128
 BATCH = 16
-KEYS = {  # key without its _2step, _4step, _off (1 step without ControlNet) -> what it is
+KEYS = {  # key without its _1step, _2step, _4step and _off (without ControlNet; without a number: 1 step) -> what it is
     "psnr_db": "autoencoder: real pictures there and back, dB",
     "line_f1": "F1 of the drawn lines and the edges of the picture, 3 px at 256 px",
     "line_f1_real": "the same for the real pictures: the ceiling",
@@ -122,7 +127,7 @@ def mean_line_f1(inks: np.ndarray, images: np.ndarray) -> float:
 
 
 def line_numbers(pictures: Pictures, columns: dict[str, np.ndarray]) -> dict[str, float]:
-    """Line fidelity and sharpness of every generated column (`1step`, …, `off`)."""
+    """Line fidelity and sharpness of every generated column (`1step`, …, `off`, `2step_off`, …)."""
     found = {"line_f1_real": mean_line_f1(pictures.inks, pictures.images),
              "line_f1_chance": mean_line_f1(pictures.inks, np.roll(pictures.images, 1, axis=0))}
     for name, made in columns.items():
@@ -140,36 +145,43 @@ def colour_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, seeds
     if not rows:
         return {}
     part, part_seeds = pictures.some(rows), [seeds[i] for i in rows]
-    made = {}
-    for colour in COLOURS:
-        prompts = [styled(article(with_colour(about["label"], colour)), about["style"]) for about in part.meta]
-        made[colour] = generate(pipe, part.inks, prompts, part_seeds)
-    shift = real = right = 0.0
-    for j, i in enumerate(rows):
-        shift += metrics.colour_shift(made["red"][j], made["blue"][j], figures[i])
-        real += metrics.colour_shift(*(recolour(pictures.images[i], alphas[i], c) for c in ("red", "blue")), figures[i])
-        right += sum(metrics.nearest_colour(made[c][j], figures[i], COLOURS) == c for c in COLOURS)
-    return {"prompt_colour_shift": shift / real, "prompt_colour_right": right / (len(rows) * len(COLOURS)), "prompt_colour_count": len(rows)}
+    prompts = {c: [styled(article(with_colour(about["label"], c)), about["style"]) for about in part.meta] for c in COLOURS}
+    real = sum(metrics.colour_shift(*(recolour(pictures.images[i], alphas[i], c) for c in ("red", "blue")), figures[i]) for i in rows)
+    found: dict[str, float] = {"prompt_colour_count": len(rows)}
+    for steps in STEPS:
+        made = {c: generate(pipe, part.inks, prompts[c], part_seeds, steps) for c in COLOURS}
+        shift = sum(metrics.colour_shift(made["red"][j], made["blue"][j], figures[i]) for j, i in enumerate(rows))
+        right = sum(metrics.nearest_colour(made[c][j], figures[i], COLOURS) == c for j, i in enumerate(rows) for c in COLOURS)
+        found |= {f"prompt_colour_shift{_at(steps)}": shift / real, f"prompt_colour_right{_at(steps)}": right / (len(rows) * len(COLOURS))}
+    return found
+
+
+def _at(steps: int) -> str:
+    """The ending of a key: none for one step."""
+    return "" if steps == 1 else f"_{steps}step"
 
 
 def diversity_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, seed: int, drawings: int = 16, seeds: int = 4) -> dict[str, float]:
     part = pictures.some(list(range(min(drawings, len(pictures.prompts)))))
     apart = metrics.pairwise_distance(part.images)
     found = {}
-    for name, scale in (("seed_diversity", 1.0), ("seed_diversity_off", 0.0)):
-        made = np.stack([generate(pipe, part.inks, part.prompts, [seed + 1 + n] * len(part.prompts), scale=scale) for n in range(seeds)])
+    for name, steps, scale in ((f"seed_diversity{_at(n)}{off}", n, 0.0 if off else 1.0) for off in ("", "_off") for n in STEPS):
+        made = np.stack([generate(pipe, part.inks, part.prompts, [seed + 1 + n] * len(part.prompts), steps, scale) for n in range(seeds)])
         found[name] = float(np.mean([metrics.pairwise_distance(made[:, i]) for i in range(len(part.prompts))])) / apart
     return found
 
 
 def latency_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, runs: int) -> dict[str, float]:
-    """Each network is timed inside a whole picture, one picture at a time, after two to warm up."""
+    """Whole pictures, one at a time, after two to warm up: each part of a one-step one by itself, then one of 2 and of 4 steps, and
+    one without ControlNet."""
     clocks: dict[str, list[float]] = {}
 
     def timed(name: str, work: Callable) -> Callable:
         def call(*args, **kwargs):
             start = time.perf_counter()
             result = work(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             clocks.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
             return result
         return call
@@ -181,20 +193,26 @@ def latency_numbers(pipe: SanaSprintControlNetPipeline, pictures: Pictures, runs
     decode = timed("decode", pipe.decode)
 
     @torch.no_grad()
-    def picture(i: int) -> None:
+    def picture(i: int, steps: int = 1, lines: bool = True) -> None:
         embeds, mask = text(pictures.prompts[i])
-        cond = condition(condition_from_ink(pictures.inks[i], pipe.default_size))
+        cond = condition(condition_from_ink(pictures.inks[i], pipe.default_size)) if lines else None
         noise = pipe.noise(pipe.default_size, pipe.default_size, torch.Generator().manual_seed(i))
-        decode(pipe.denoise(noise, embeds, mask, cond))
+        decode(pipe.denoise(noise, embeds, mask, cond, timesteps=sprint_timesteps(steps)))
 
-    whole = timed("p50", picture)
     try:
+        whole = timed("p50", picture)
         for run in range(runs + 2):
             whole(run % len(pictures.prompts))
+        parts = {name: times[:] for name, times in clocks.items()}
+        for name, settings in (("p50_2step", {"steps": 2}), ("p50_4step", {"steps": 4}), ("p50_off", {"lines": False})):
+            whole = timed(name, picture)
+            for run in range(runs + 2):
+                whole(run % len(pictures.prompts), **settings)
+            parts[name] = clocks[name]
     finally:
         for module in modules.values():
             del module.forward  # the class's own method shows again
-    return {f"latency_ms_{name}": float(np.median(times[2:])) for name, times in clocks.items()}
+    return {f"latency_ms_{name}": float(np.median(times[2:])) for name, times in parts.items()}
 
 
 # ---- the report -------------------------------------------------------------------------------------------------
@@ -234,20 +252,24 @@ def write_sheet(columns: dict[str, np.ndarray], path: Path) -> None:
     write_atomic(path, lambda file: few.save(file, "PNG", optimize=True))
 
 
-def evaluate(model: Path, data: Path, split: str, count: int, seed: int, out: Path, cache: Path, runs: int = 20) -> dict:
+def evaluate(model: Path, data: Path | str, split: str, count: int, seed: int, out: Path, cache: Path, runs: int = 20) -> dict:
     """All numbers of a model folder; writes OUT/metrics.json and OUT/contact_sheet.png. ValueError names what is wrong with the input."""
     pipe = SanaSprintControlNetPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    pipe.to(device())
     if pipe.controlnet is None:
         raise ValueError(f"{model} has no controlnet folder: there are no lines to follow")
     pixels = pixel_cache(data, split, pipe.default_size, cache)
+    if split == "val" and not all(has_held_out(spec) for spec, _ in parse_mixture(str(data))):
+        split = "train (no held-out part)"
+        print(f"{data} has no held-out part (val-*.tar shards): these are numbers on training pictures, if the model was trained on them")
     pictures = choose(pixels, count, seed)
     seeds = [seed + i for i in range(len(pictures.prompts))]
     cv2.setNumThreads(1)
 
     found = autoencoder_numbers(pipe, pictures)
     columns = {f"{n}step": generate(pipe, pictures.inks, pictures.prompts, seeds, n) for n in STEPS}
-    columns["off"] = generate(pipe, pictures.inks, pictures.prompts, seeds, scale=0.0)
+    columns |= {f"{_at(n)}_off".removeprefix("_"): generate(pipe, pictures.inks, pictures.prompts, seeds, n, scale=0.0) for n in STEPS}
     found |= line_numbers(pictures, columns)
     found["sharpness_ratio"] = found["sharpness_ratio_1step"]
     found |= colour_numbers(pipe, pictures, seeds)
@@ -267,11 +289,24 @@ def evaluate(model: Path, data: Path, split: str, count: int, seed: int, out: Pa
     return found
 
 
+def evaluate_run(config: Config, out: Path) -> None:
+    """The last stage of the chain: the numbers of OUT/model on the recipe's data, unless they are there already."""
+    model, report = out / "model", out / "model" / "metrics.json"
+    if not (model / "model_index.json").exists():
+        raise ValueError(f"{model} is missing: run the export stage first")
+    if not is_main():
+        return
+    if report.exists() and json.loads(report.read_text()).get("model_hash") == model_hash(model):
+        print(f"evaluate: {report} is about these weights already")
+        return
+    print(table(evaluate(model, config.data, "val", config.evaluate_count, config.seed, model, out / "cache")))
+
+
 def table(found: dict) -> str:
     """One line a measure, its steps side by side."""
     lines = []
     for key, meaning in KEYS.items():
-        family = rf"{key}(_\d+step|_off)?$" if key != "latency_ms" else rf"{key}_.*"
+        family = rf"{key}(_\d+step)?(_off)?$" if key != "latency_ms" else rf"{key}_.*"
         values = [f"{name.removeprefix(key).strip('_') or 'all'} {value:g}" for name, value in found.items() if re.match(family, name)]
         lines += [f"{key}: {meaning}", "    " + "   ".join(values)] if values else []
     return "\n".join(lines)
@@ -280,7 +315,7 @@ def table(found: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("assets/models/emoji"), help="model folder with a controlnet in it")
-    parser.add_argument("--data", type=Path, required=True, help="folder of shards, or of NAME.png + NAME.txt")
+    parser.add_argument("--data", type=Path, help="folder of shards, or of NAME.png + NAME.txt (default: the emoji set where it was built, else the sample)")
     parser.add_argument("--split", default="val", help="which shards (default: %(default)s)")
     parser.add_argument("--count", type=int, default=128, help="pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures and of the noise")
@@ -290,7 +325,8 @@ def main() -> None:
     if args.count < 2:
         parser.error(f"--count {args.count}: wanted at least 2 pictures")
     try:
-        found = evaluate(args.model, args.data, args.split, args.count, args.seed, args.out or args.model, args.cache)
+        data = args.data or (EMOJI if EMOJI.is_dir() else SAMPLE)
+        found = evaluate(args.model, data, args.split, args.count, args.seed, args.out or args.model, args.cache)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(table(found))

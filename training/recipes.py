@@ -44,7 +44,7 @@ RECIPES: dict[str, dict] = {
                      ae_channels=(16, 16, 32, 32, 64), ae_decoder_layers=(0, 1, 1, 1, 1), ae_latent_channels=16, ae_steps=60, ae_batch=8, ae_crop_px=32,
                      heads=4, cross_heads=4, layers=4, teacher_steps=40, teacher_batch=16, controlnet_layers=2, controlnet_steps=40, controlnet_batch=16,
                      controlnet_base_lr=5e-4, controlnet_weak_share=0.5, autoguidance=0.5,
-                     jump_paths=64, jump_steps=20, jump_batch=16, jump_weight=1.0, student_steps=20, student_batch=8, decoder_steps=20, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
+                     jump_paths=64, jump_steps=20, jump_batch=16, jump_weight=1.0, student_steps=20, student_batch=8, decoder_steps=20, evaluate_count=12, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
     # two CPU cores, 3 h 45 min: 29.0 dB, validation loss 0.283, line F1 0.78 at one step (assets/models/emoji/README.md)
     "emoji-128": dict(data="runs/data/emoji-128", size_px=128, compile=True, ae_steps=2500, teacher_steps=500, preview_steps=500, controlnet_steps=7400,
                       controlnet_base_lr=8e-4, controlnet_no_lines=0.12, controlnet_weak_share=0.3, autoguidance=1.0, student_steps=1600, student_batch=16,

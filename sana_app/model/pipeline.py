@@ -176,11 +176,13 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         guidance_scale: float = 4.5,
         timesteps: list[float] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        noise_scale: float = 1.0,
     ) -> Tensor:
         """Noise [B, C, h, w] -> clean latents [B, C, h, w], both of unit variance, float32.
 
         timesteps: falling angles from noise to 0, one more than there are steps (trigflow.sprint_timesteps; default:
-        one step). generator: of the noise that SCMScheduler adds between steps. cond: from encode_condition, or None.
+        one step). generator: of the noise that SCMScheduler adds between steps; noise_scale: its std, that of the first noise where
+        noise() drew it. cond: from encode_condition, or None.
         """
         timesteps = timesteps or trigflow.sprint_timesteps(1)
         sigma_data = self.scheduler.config.sigma_data
@@ -196,9 +198,9 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
                 guidance_scale, self.controlnet, cond, conditioning_scale,
             )  # fmt: skip
             x_t, x0 = self.scheduler.step(sigma_data * F, t, x_t, generator=generator, return_dict=False)
-            if self.noise_scale != 1 and isinstance(self.scheduler, SCMScheduler) and len(timesteps) > 2:
+            if noise_scale != 1 and isinstance(self.scheduler, SCMScheduler) and len(timesteps) > 2:
                 kept = torch.cos(self.scheduler.timesteps[self.scheduler.step_index]) * x0
-                x_t = kept + self.noise_scale * (x_t - kept)  # the noise between steps too
+                x_t = kept + noise_scale * (x_t - kept)
         return x0 / sigma_data
 
     @torch.no_grad()
@@ -257,7 +259,9 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
         if control_image is not None and controlnet_conditioning_scale != 0:
             cond = self.encode_condition(control_image, height, width)
             cond = expand_batch(cond, len(embeds))
+        noise_scale = 1.0  # who hands over latents gets the stock pipeline's pictures, at any number of steps
         if latents is None:
+            noise_scale = self.noise_scale
             latents = self.noise(height, width, generator, len(embeds))
         channels, f = self.transformer.config.in_channels, self.vae_scale_factor
         wanted = [len(embeds), channels, height // f, width // f]
@@ -265,7 +269,7 @@ class SanaSprintControlNetPipeline(SanaSprintPipeline):
             raise ValueError(f"latents are {list(latents.shape)}, wanted {wanted} for {width}x{height} pixels")
         x0 = self.denoise(
             latents.to(self._execution_device), embeds, mask, cond, controlnet_conditioning_scale, guidance_scale,
-            timesteps, generator,
+            timesteps, generator, noise_scale,
         )  # fmt: skip
         images = x0
         if output_type != "latent":

@@ -81,6 +81,11 @@ def list_shards(spec: str, split: str) -> list[str]:
     return [str(s) for s in shards] or [spec]
 
 
+def has_held_out(spec: str) -> bool:
+    """Whether a data set has pictures that are not trained on: a folder of loose pictures, or one single shard, has none."""
+    return list_shards(spec, "val") != [spec]
+
+
 def split_name(name: str) -> tuple[str, str]:
     """`a/b.lines0.png` -> (`a/b`, `.lines0.png`); `a/b.v2.png` -> (`a/b.v2`, `.png`)."""
     stem, dot, ext = name.rpartition(".")
