@@ -1,5 +1,6 @@
 """The jump stage: the teacher's paths are what its sampler walks, drawn once, and the student learns to jump to their ends."""
 
+import copy
 import math
 import shutil
 from dataclasses import replace
@@ -19,7 +20,7 @@ from training.config import Config
 from training.jump import train_jump
 from training.loop import Draws
 from training.pair import load_jump, start_pair
-from training.sampling import sample_student, sample_teacher, teacher_guidance
+from training.sampling import guided_F, sample_student, sample_teacher, teacher_guidance
 from training.student import train_student
 from training.trajectories import GROUP, make_trajectories, trajectory_loss
 
@@ -67,6 +68,14 @@ def test_a_path_is_the_samplers_and_its_points_lie_on_it(run, corpus, teacher, p
     w, scale = torch.from_numpy(paths.w[which]), torch.from_numpy(paths.scale[which])
     end = sample_teacher(teacher, batch, states[:, 0], steps, teacher_guidance(config, w).view(-1, 1, 1, 1), scale)
     torch.testing.assert_close(states[:, -1], end, rtol=0, atol=1e-2 * float(end.abs().max()))  # kept in half precision
+    # from each state the ODE, walked from there alone, goes to the same end
+    times = trigflow.ode_timesteps(steps)
+    for k in range(steps):
+        x = states[:, k] * trigflow.SIGMA_DATA
+        for t, u in zip(times[k:-1], times[k + 1:]):
+            F = guided_F(teacher, x / trigflow.SIGMA_DATA, torch.full((len(x),), t), batch, teacher_guidance(config, w), scale)
+            x = trigflow.ode_step(x, F, t, u)
+        torch.testing.assert_close(x.detach() / trigflow.SIGMA_DATA, states[:, -1], rtol=0, atol=1e-2 * float(end.abs().max()))
     # noise of full strength, or of what the exported model starts from
     spread = torch.from_numpy(paths.states[:][:, 0].astype(np.float32)).flatten(1).std(dim=1)
     assert ((spread - 1).abs().minimum((spread - config.noise_scale).abs()) < 0.2).all() and 0.82 < float(spread.mean()) < 0.98
@@ -102,9 +111,27 @@ def test_what_was_drawn_is_not_drawn_again_and_a_gap_is_filled_with_the_same(run
     monkeypatch.setattr(trajectories, "_write_group", lambda *a: (drawn.append(a[4]), write(*a)))
     again = make_trajectories(run[0], corpus, teacher, None, run[1] / "cache")
     assert drawn == [1] and np.array_equal(again.states[:], before)
-    # what shapes a path makes other paths
-    make_trajectories(replace(run[0], jump_path_steps=2, jump_paths=1), corpus, teacher, None, run[1] / "cache")
-    assert drawn == [1, 0]
+    # what shapes a path makes other paths: settings, the teacher's weights, a weak teacher
+    for number, other in enumerate([dict(jump_path_steps=2), dict(toned_weight=0.5), dict(guidance=(2.0,)), dict(balance="x")]):
+        make_trajectories(replace(run[0], jump_paths=1, **other), corpus, teacher, None, run[1] / "cache")
+        assert drawn == [1] + [0] * (number + 1), other
+    changed = copy.deepcopy(teacher)
+    next(changed.parameters()).data.add_(1e-3)
+    make_trajectories(replace(run[0], jump_paths=1), corpus, changed, None, run[1] / "cache")
+    make_trajectories(replace(run[0], jump_paths=1), corpus, teacher, changed, run[1] / "cache")
+    assert drawn == [1] + [0] * 6
+
+
+def test_paths_that_half_precision_cannot_hold_are_not_kept(run, corpus, teacher, tmp_path):
+    with pytest.raises(FloatingPointError, match="group 0 is not finite"):
+        make_trajectories(replace(run[0], guidance=(1e9,), jump_paths=1), corpus, teacher, None, tmp_path)
+    assert not [p for p in tmp_path.rglob("*") if p.name == "00000"]
+
+
+def test_a_dry_run_walks_no_path(run, corpus, tmp_path):
+    paths = make_trajectories(replace(run[0], dry_run=True), corpus, None, None, tmp_path)
+    assert paths.states.shape == (GROUP, 7, 8, 4, 4) and not list(tmp_path.iterdir())
+    assert draw(paths, corpus, 4)[1].shape == (4, 8, 4, 4)
 
 
 def test_the_loss_is_zero_for_the_jump_that_hits_the_end_alone():
@@ -134,6 +161,7 @@ def test_the_stage_brings_one_step_nearer_to_the_teachers_end_and_the_student_go
     monkeypatch.setattr("training.student.load_jump", lambda c, o, student: (load_jump(c, o, student), first.update({k: v.clone() for k, v in student.state_dict().items()})))
     train_student(replace(config, jump_weight=1.0), out)
     assert all(torch.equal(first[k], v) for k, v in jumped.state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(start_pair(config, out)[0].parameters(), teacher.parameters(), strict=True))  # the teacher stays as it is
 
 
 def test_without_paths_there_is_no_such_stage(run, tmp_path, capsys):

@@ -61,26 +61,37 @@ class Trajectories:
         return (batch, *(a.to(device()) for a in (x, t, x0, torch.from_numpy(self.w[chosen]), torch.from_numpy(self.scale[chosen]))))
 
 
+# what decides which pictures, drawings and captions a path is drawn with, and how it is walked
+PATH_SETTINGS = ("seed", "data", "balance", "toned_weight", "caption_dropout", "controlnet_no_lines", "student_base", "noise_scale", "precision",
+                 "jump_path_steps", "guidance", "guidance_gain", "autoguidance")
+
+
 def make_trajectories(config: Config, corpus: Corpus, teacher: TrigFlowTeacher, weak: TrigFlowTeacher | None, cache: Path) -> Trajectories:
-    """The recipe's trajectories, from the cache as far as they are there; a stopped run goes on at the group it was in."""
-    networks = " ".join(weights_hash(n) for n in (teacher, weak) if n is not None)
-    key = digest(networks, corpus.pixels.hash, encoder_key(config), repr([getattr(config, name) for name in (
-        "seed", "jump_path_steps", "guidance", "guidance_gain", "autoguidance", "controlnet_no_lines", "student_base", "noise_scale", "caption_dropout", "precision")]))
-    folder, groups = cache / f"trajectories-{key}", 1 if config.dry_run else -(-config.jump_paths // GROUP)
+    """The recipe's trajectories, from the cache as far as they are there; a stopped run goes on at the group it was in. A dry run
+    gets paths of zeros."""
+    if config.dry_run:
+        about = _draw_group(config, corpus, 0)[-1]
+        shape = corpus.shelves[about["shelf"]].latents.images.shape[1:]
+        return _joined([(np.zeros((GROUP, config.jump_path_steps + 1, *shape), np.float16), about)])
+    networks = [weights_hash(n) for n in (corpus.vae, teacher, weak) if n is not None]
+    key = digest(*networks, *(shelf.pixels.hash for shelf in corpus.shelves), encoder_key(config), repr([getattr(config, name) for name in PATH_SETTINGS]))
+    parts = [cache / f"trajectories-{key}" / f"{i:05d}" for i in range(-(-config.jump_paths // GROUP))]
     with main_first():
-        missing = [i for i in range(groups) if not (folder / f"{i:05d}").exists()]
+        missing = [i for i, part in enumerate(parts) if not part.exists()]
         for i in tqdm(missing, desc="trajectories", unit_scale=GROUP, unit=" pictures", mininterval=2, disable=not missing):
-            once(folder / f"{i:05d}", lambda temporary: _write_group(config, corpus, teacher, weak, i, temporary))
-    parts = [folder / f"{i:05d}" for i in range(groups)]
-    about = [json.loads((part / "about.json").read_text()) for part in parts]
-    of = lambda name: [value for a in about for value in a[name]]
-    return Trajectories(Rows([(part / "states.npy", GROUP) for part in parts]), np.repeat([a["shelf"] for a in about], GROUP), np.array(of("rows")), np.array(of("inks")),
-                        of("captions"), np.array(of("w"), np.float32), np.array(of("scale"), np.float32))
+            once(parts[i], lambda temporary: _write_group(config, corpus, teacher, weak, i, temporary))
+    return _joined([(part / "states.npy", json.loads((part / "about.json").read_text())) for part in parts])
 
 
-@torch.no_grad()
-def _write_group(config: Config, corpus: Corpus, teacher: TrigFlowTeacher, weak: TrigFlowTeacher | None, number: int, folder: Path) -> None:
-    """The GROUP trajectories of that number: a function of the seed and the number alone, on any number of processes."""
+def _joined(groups: list[tuple[Path | np.ndarray, dict]]) -> Trajectories:
+    of = lambda name: [value for _, about in groups for value in about[name]]
+    return Trajectories(Rows([(states, GROUP) for states, _ in groups]), np.repeat([about["shelf"] for _, about in groups], GROUP), np.array(of("rows")),
+                        np.array(of("inks")), of("captions"), np.array(of("w"), np.float32), np.array(of("scale"), np.float32))
+
+
+def _draw_group(config: Config, corpus: Corpus, number: int) -> tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    """Batch, first noise, w and conditioning scale of that group, and all but the noise as JSON: a function of the seed and the
+    number alone, on any number of processes."""
     draws = Draws(config.seed + 1, number)
     batch = corpus.draw(GROUP, draws)
     w = student_guidance(config, draws, GROUP)
@@ -88,11 +99,22 @@ def _write_group(config: Config, corpus: Corpus, teacher: TrigFlowTeacher, weak:
     # half of them start from as much noise as the shipped folder will (sampling.json), half from all of it
     spread = torch.where(draws.uniform(GROUP) < 0.5, config.noise_scale, 1.0)
     noise = draws.normal(*batch.x0.shape) * spread.view(-1, 1, 1, 1)
+    return batch, noise, w, scale, {"shelf": batch.shelf, "rows": batch.rows.tolist(), "inks": batch.inks.tolist(), "captions": batch.captions,
+                                    "w": w.tolist(), "scale": scale.tolist()}
+
+
+@torch.no_grad()
+def _write_group(config: Config, corpus: Corpus, teacher: TrigFlowTeacher, weak: TrigFlowTeacher | None, number: int, folder: Path) -> None:
+    batch, noise, w, scale, about = _draw_group(config, corpus, number)
     with autocast(config):
         states = teacher_states(teacher, batch, noise, config.jump_path_steps, teacher_guidance(config, w), scale, weak, config.autoguidance)
-    np.save(folder / "states.npy", states.float().cpu().numpy().astype(np.float16))
-    (folder / "about.json").write_text(json.dumps({"shelf": batch.shelf, "rows": batch.rows.tolist(), "inks": batch.inks.tolist(), "captions": batch.captions,
-                                                   "w": w.tolist(), "scale": scale.tolist()}))
+    with np.errstate(over="ignore"):
+        states = states.float().cpu().numpy().astype(np.float16)
+    if not np.isfinite(states).all():  # kept, it would spoil every batch that it is in
+        raise FloatingPointError(f"trajectories: group {number} is not finite in half precision (largest value {np.abs(states).max():g}): the teacher is broken, "
+                                 "or its guidance too strong (guidance, guidance_gain, autoguidance)")
+    np.save(folder / "states.npy", states)
+    (folder / "about.json").write_text(json.dumps(about))
 
 
 def trajectory_loss(jump: Callable[..., torch.Tensor], x: torch.Tensor, t: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
