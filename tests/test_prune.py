@@ -317,6 +317,9 @@ def test_the_commands_work_one_after_the_other(tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "importance.json").read_text())
     assert written["prompts"] == 3 and len(written["importance"]) == 4 and said.count("dropped") == 1
     assert Image.open(tmp_path / "importance.png").width > 100
+    looked = call("prune", tmp_path / "model", tmp_path / "small", "--keep", 3, "--importance", tmp_path / "importance.json", "--dry-run")
+    assert "kept 3 of 4 blocks" in looked and "is not written" in looked and not (tmp_path / "small").exists()
+    assert "is not written" in call("grow", tmp_path / "model", tmp_path / "large", "--layers", 6, "--dry-run") and not (tmp_path / "large").exists()
     assert "kept 3 of 4 blocks" in call("prune", tmp_path / "model", tmp_path / "small", "--keep", 3, "--importance", tmp_path / "importance.json")
     assert "3 -> 5 blocks" in call("grow", tmp_path / "small", tmp_path / "large", "--layers", 5)
     for wrong in (["prune", tmp_path / "model", tmp_path / "small", "--keep", 3, "--importance", tmp_path / "importance.json"],

@@ -179,18 +179,24 @@ def measure(model: Path, out: Path, prompts: list[str], steps: int, batch: int, 
     return found
 
 
-def prune(model: Path, new: Path, keep: int, importance: list[float], protect: int = 1) -> list[int]:
-    """Writes NEW with `keep` blocks, and a ControlNet that fits them if there is one; returns the blocks that stayed."""
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def prune(model: Path, new: Path, keep: int, importance: list[float], protect: int = 1, dry_run: bool = False) -> list[int]:
+    """Writes NEW with `keep` blocks, and a ControlNet that fits them if there is one; returns the blocks that stayed. A dry run
+    says what would be written."""
     check_new_folder(model, new)
     transformer = load_transformer(model)
     blocks = transformer.config.num_layers
     if len(importance) != blocks:
         raise ValueError(f"importance of {len(importance)} blocks, but the model has {blocks}: measure this model")
-    kept = choose_blocks(importance, keep, protect)
+    kept, before = choose_blocks(importance, keep, protect), parameters(transformer)
     keep_blocks(transformer, kept)
     parts: dict[str, ModelMixin] = {"transformer": transformer}
     changed = {"made_by": "prune", "blocks_before": blocks, "kept": kept, "importance": importance}
-    print(f"kept {len(kept)} of {blocks} blocks: {kept}; dropped: {[b for b in range(blocks) if b not in kept]}")
+    print(f"kept {len(kept)} of {blocks} blocks: {kept}; dropped: {[b for b in range(blocks) if b not in kept]}; "
+          f"{parameters(transformer):,} parameters of {before:,}")
     folder = part_folder(model, "controlnet")
     if folder is not None:
         controlnet = load_stored(folder)
@@ -203,22 +209,29 @@ def prune(model: Path, new: Path, keep: int, importance: list[float], protect: i
             mine = changed["controlnet_kept"] = keep_controlnet_blocks(controlnet, kept)
             merged = "" if len(mine) == copies else "; the zero layers of the others were added to those of the copies before them"
             print(f"ControlNet: {len(mine)} of {copies} copied blocks stay{merged}. Residuals now enter after other blocks than they were trained for: tune it as well")
-    write_model(model, new, parts, changed)
+    if dry_run:
+        print(f"dry run: {new} is not written")
+    else:
+        write_model(model, new, parts, changed)
     return kept
 
 
-def grow(model: Path, new: Path, layers: int, drop_last: int = 0, seed: int = 0) -> None:
-    """Writes NEW with `layers` blocks. A ControlNet fits as it is: new blocks come behind those it copies."""
+def grow(model: Path, new: Path, layers: int, drop_last: int = 0, seed: int = 0, dry_run: bool = False) -> None:
+    """Writes NEW with `layers` blocks. A ControlNet fits as it is: new blocks come behind those it copies. A dry run says what
+    would be written."""
     check_new_folder(model, new)
     transformer = load_transformer(model)
-    before = transformer.config.num_layers
+    before, size = transformer.config.num_layers, parameters(transformer)
     grow_blocks(transformer, layers, drop_last, seed)
     folder = part_folder(model, "controlnet")
     copies = 0 if folder is None else read_json(folder / "config.json")["num_layers"]
     if copies > before - drop_last:
         raise ValueError(f"the ControlNet copies {copies} blocks, but drop_last={drop_last} leaves {before - drop_last} of them: drop fewer")
-    write_model(model, new, {"transformer": transformer}, {"made_by": "grow", "blocks_before": before, "blocks": layers, "dropped_last": drop_last})
-    print(f"{before} -> {layers} blocks; {layers - before + drop_last} new ones hand their input on unchanged"
+    if dry_run:
+        print(f"dry run: {new} is not written")
+    else:
+        write_model(model, new, {"transformer": transformer}, {"made_by": "grow", "blocks_before": before, "blocks": layers, "dropped_last": drop_last})
+    print(f"{before} -> {layers} blocks, {size:,} -> {parameters(transformer):,} parameters; {layers - before + drop_last} new ones hand their input on unchanged"
           + (f"; the last {drop_last} old ones are gone, so the pictures differ until it is tuned" if drop_last else ", so the pictures are the same"))
 
 
@@ -248,6 +261,8 @@ def parse() -> argparse.Namespace:
     c.add_argument("--layers", type=int, required=True)
     c.add_argument("--drop-last", type=int, default=0, help="old blocks to leave out at the end (the paper: 2; the pictures then differ)")
     c.add_argument("--seed", type=int, default=0)
+    for command in (b, c):
+        command.add_argument("--dry-run", action="store_true", help="say what would stay and how large it is; write nothing")
     return parser.parse_args()
 
 
@@ -258,9 +273,9 @@ def main() -> None:
             measure(args.model, args.out, read_prompts(args.prompts, args.data, args.count), args.steps, args.batch, args.text_encoder, args.keep, args.seed)
             print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
         elif args.command == "prune":
-            prune(args.model, args.new, args.keep, read_importance(args.importance), args.protect)
+            prune(args.model, args.new, args.keep, read_importance(args.importance), args.protect, args.dry_run)
         else:
-            grow(args.model, args.new, args.layers, args.drop_last, args.seed)
+            grow(args.model, args.new, args.layers, args.drop_last, args.seed, args.dry_run)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -37,6 +37,9 @@ AT_2048 = FINETUNE | dict(size_px=2048, interpolation_scale=1.0, vae_tiling=1024
 LORA = PUBLISHED | dict(caption_dropout=0.0, optimizer="adamw", lora_batch=4, micro_batches=4, frozen_bf16=True, lr_warmup_steps=10, lr_final=1.0, preview_steps=0)
 # on a Sprint model, with its flow teacher (--set lora_teacher=FOLDER) or without
 LORA_SPRINT = LORA | dict(guidance=(4.0, 4.5, 5.0), scm_warmup=1, disc_blocks=(2, 8, 14, 19), checkpointing=False, frozen_bf16=False)
+# the guided swap: every value is ours (nothing of this is public)
+SWAP = PUBLISHED | dict(swap_batch=64, micro_batches=4, swap_short_steps=200, swap_steps=10000, lr_warmup_steps=100)
+SHARDED = dict(fsdp=True, ema=0.0)  # 4.8B: 58 GB of weights, gradients and optimiser, over the processes; averages off
 
 RECIPES: dict[str, dict] = {
     # the whole chain in under two minutes on two cores, for the tests and for a first look
@@ -78,6 +81,12 @@ RECIPES: dict[str, dict] = {
     "sana-1.6b-512": AT_512 | WIDTH_16,
     "sana-1.6b-1024": AT_1024 | WIDTH_16,
     "sana-1.6b-2048": AT_2048 | WIDTH_16,
-    # 8-bit CAME in public; sharded over the processes here, averages off: 58 GB of weights, gradients and optimiser
-    "sana-4.8b-1024": AT_1024 | WIDTH_48 | dict(fsdp=True, ema=0.0),
+    "sana-0.6b-swap": SWAP | WIDTH_06,
+    "sana-1.6b-swap": SWAP | WIDTH_16,
+    # 8-bit CAME in public; CAME here
+    "sana-4.8b-teacher": TEACHER | WIDTH_48 | SHARDED,
+    "sana-4.8b-controlnet": CONTROLNET | WIDTH_48 | SHARDED,
+    "sana-4.8b-1024": AT_1024 | WIDTH_48 | SHARDED,
+    "sana-4.8b-lora": LORA | WIDTH_48,
+    "sana-4.8b-swap": SWAP | WIDTH_48 | SHARDED,
 }
