@@ -12,8 +12,12 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
+import shutil
 import subprocess
+import sys
 import tarfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from sana_app.lines import resize_ink
+from training.data.cache import once
 from training.data.captions import GREYS, HUES, captions
 from training.data.colour import colour_name, hue_of, recolour
 from training.data.drawing import line_drawing
@@ -55,22 +61,40 @@ class Item:
     copy: int
 
 
+def npm_pack(package: str, tarball: Path, work: Path) -> None:
+    """PACKAGE@VERSION from the npm registry to `tarball`, by way of the folder `work`: a stopped npm leaves no half of it there."""
+    npm = shutil.which("npm")
+    by_hand = f"or put the package's tarball at {tarball} yourself; then run the same command again"
+    if npm is None:
+        raise ValueError(f"wanted {package}, but npm, which fetches it, is not installed. Install Node.js, which brings it, {by_hand}")
+    # --silent would also hide why it failed
+    done = subprocess.run([npm, "pack", package, "--loglevel=error"], cwd=work, capture_output=True, text=True, errors="replace")
+    if done.returncode or not (work / tarball.name).exists():
+        said = "\n  ".join(done.stderr.strip().splitlines()[-6:]) or f"nothing, and made no {tarball.name}"
+        raise ValueError(f"wanted {package}, but `npm pack` failed with exit status {done.returncode}. It said:\n  {said}\n"
+                         f"Is the network there, and the registry that npm is set to? Mend that, {by_hand}")
+    os.replace(work / tarball.name, tarball)
+
+
 def fetch(package: str, cache: Path) -> Path:
-    """`npm pack` PACKAGE@VERSION into `cache` (once) and unpack it; returns the unpacked folder."""
-    stem = package.lstrip("@").replace("/", "-")
-    name, _, version = stem.rpartition("@")
-    folder = cache / f"{name}-{version}"
-    if not (folder / "package.json").exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        tarball = cache / f"{name}-{version}.tgz"
+    """PACKAGE@VERSION, unpacked in `cache` (once): the folder appears whole or not at all. ValueError says why it cannot."""
+    name, _, version = package.lstrip("@").replace("/", "-").rpartition("@")
+    tarball = cache / f"{name}-{version}.tgz"
+
+    def unpack(folder: Path) -> None:
         if not tarball.exists():
-            subprocess.run(["npm", "pack", package, "--silent"], cwd=cache, check=True, capture_output=True)
-        with tarfile.open(tarball) as tar:
-            members = [m for m in tar.getmembers() if m.name.startswith("package/")]
-            for member in members:
-                member.name = member.name.removeprefix("package/")
-            tar.extractall(folder, members, filter="data")
-    return folder
+            npm_pack(package, tarball, folder)
+        try:
+            with tarfile.open(tarball) as tar:
+                members = [m for m in tar.getmembers() if m.name.startswith("package/")]
+                for member in members:
+                    member.name = member.name.removeprefix("package/")
+                tar.extractall(folder, members, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ValueError(f"{tarball}: wanted the whole tarball of {package}, it cannot be read: {error}. Delete it and run the same "
+                             "command again") from error
+
+    return once(cache / f"{name}-{version}", unpack)
 
 
 def plain(code: str) -> str:
@@ -189,11 +213,12 @@ def make_sample(item: Item, size: int) -> Sample:
     else:
         colour = None if item.group == PEOPLE else colour_name(rgb, alpha)
     inks = [line_drawing(rgb, alpha, rng) for _ in range(1 if item.toned else 2)]
-    shrink = (lambda a: a) if size == RENDER_PX else (lambda a: cv2.resize(a, (size, size), interpolation=cv2.INTER_AREA))
-    inks = [np.clip(shrink(i).astype(np.float32) * (2.0 if size < RENDER_PX else 1), 0, 255).astype(np.uint8) for i in inks]
+    inks = [resize_ink(ink, size) for ink in inks]  # as the page does with what is drawn on it
+    if size != RENDER_PX:
+        rgb = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_AREA)
     meta = {"concept": item.concept, "style": item.style, "group": item.group, "toned": item.toned, "copy": item.copy,
             "label": item.label, "colour": colour}
-    return Sample(item.key, shrink(rgb), inks, captions(item.label, list(item.tags), item.style, colour, recoloured, rng), meta)
+    return Sample(item.key, rgb, inks, captions(item.label, list(item.tags), item.style, colour, recoloured, rng), meta)
 
 
 def _work(task: tuple[Item, int]) -> Sample | str:
@@ -203,11 +228,47 @@ def _work(task: tuple[Item, int]) -> Sample | str:
         return f"{task[0].key}: {error}"
 
 
+def check_out(out: Path) -> None:
+    """ValueError unless a build may take the place of the folder `out`: absent, or with no shards but an earlier build's."""
+    if not out.exists():
+        return
+    entries = sorted(out.iterdir()) if out.is_dir() and not out.is_mount() and out != Path.cwd() else None
+    if entries is None or any(e.is_dir() for e in entries):
+        raise ValueError(f"--out {out}: wanted a new folder or that of an earlier build, which is replaced whole; this is a file, the "
+                         "folder you are in, a disk, or a folder with others in it. Name a folder in it")
+    try:
+        named = json.loads((out / "manifest.json").read_text())["sha256"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # no manifest, a torn one, or another program's
+        named = {}
+    strange = [e.name for e in entries if e.suffix == ".tar" and e.name not in named]
+    if strange:
+        raise ValueError(f"--out {out}: {strange[0]} ({len(strange)} such) is there, but no manifest.json that names it: it is yours, or of "
+                         "a build that was stopped. Move or delete it, or name another folder")
+
+
+def move_into_place(new: Path, out: Path, old: Path) -> None:
+    """The complete folder `new` becomes `out`. Whatever moment it is stopped at, `out` is one whole build or is absent: shards moved
+    one by one would, for a moment, be a part of a data set that trains like a whole one. A README and the like stay."""
+    if out.exists():
+        for path in out.iterdir():
+            if path.suffix != ".tar" and path.name != "manifest.json":
+                shutil.copy2(path, new)
+        os.replace(out, old)
+    os.replace(new, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def build(out: Path, size: int, cache: Path, workers: int = 2, every: int = 1, limit: int = 0) -> dict:
-    """Builds the shards and returns the manifest, which is also written to OUT/manifest.json.
+    """Builds the shards and returns the manifest, which is also written to OUT/manifest.json. An earlier build there is replaced
+    when the new one is complete; until then all is in OUT.incomplete.
 
     `every` n keeps each n-th concept. `limit` n keeps n random training pictures and n/8 held-out ones; 0 keeps all.
     """
+    out = out.resolve()
+    new, old = (out.parent / (out.name + ending) for ending in (".incomplete", ".replaced"))
+    if old.exists() and not out.exists():  # stopped between the two renames of move_into_place
+        os.replace(old, out)
+    check_out(out)
     items = list_items(cache)
     if every > 1:
         concepts = sorted({i.concept for i in items})[::every]
@@ -216,7 +277,9 @@ def build(out: Path, size: int, cache: Path, workers: int = 2, every: int = 1, l
     if limit:
         held_out = [i for i in items if is_held_out(i.concept)]
         items = [i for i in items if not is_held_out(i.concept)][:limit] + held_out[:max(1, limit // 8)]
-    writers = {split: ShardWriter(out, split) for split in ("train", "val")}
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    writers = {split: ShardWriter(new, split) for split in ("train", "val")}
     skipped, styles = [], dict.fromkeys(PACKAGES, 0)
     with multiprocessing.Pool(workers) as pool:
         tasks = ((item, size) for item in items)
@@ -237,7 +300,8 @@ def build(out: Path, size: int, cache: Path, workers: int = 2, every: int = 1, l
                     "labels": {"package": LABELS[0], "licence": LABELS[1]}},
         "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in shards},
     }
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    move_into_place(new, out, old)
     return manifest
 
 
@@ -252,7 +316,10 @@ def main() -> None:
     args = parser.parse_args()
     if not 32 <= args.size <= RENDER_PX:
         parser.error(f"--size {args.size}: wanted 32 to {RENDER_PX} px")
-    manifest = build(args.out, args.size, args.cache, args.workers, args.every, args.limit)
+    try:
+        manifest = build(args.out, args.size, args.cache, args.workers, args.every, args.limit)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     print(json.dumps({k: manifest[k] for k in ("samples", "styles", "concepts", "held_out_concepts")}))
 
 
