@@ -38,12 +38,16 @@ JPEG_QUALITY = 92
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """One finished picture: pixels uint8 [H, W, 3] and as JPEG, ms by stage, and what the page should say about it."""
+    """One finished picture: pixels uint8 [H, W, 3] and as JPEG, ms by stage, and what the page should say about it.
+
+    `cached`: nothing was computed for it, and its times are those of a look-up; nobody may take them for the model's.
+    """
 
     pixels: np.ndarray
     jpeg: bytes
     stages_ms: dict[str, float] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    cached: bool = False
 
 
 class Clock:
@@ -129,12 +133,13 @@ class Engine:
         lines = request.ink if self.pipe.controlnet is not None and request.strength > 0 else None
         digest = None if lines is None else (lines.shape, hashlib.blake2b(lines.tobytes()).digest())
         key = (digest, request.prompt, request.style, request.strength, request.steps, request.seed, request.guidance)
+        cached = key in self.frames.items
         made = self.frames.get(key, lambda: self._make(request, lines, digest))
         notices = request.notices + made.notices
         if request.ink is not None and self.pipe.controlnet is None:
             notices += ("This model has no ControlNet: it draws from the words alone.",)
         stages_ms = {stage: self.clock.ms.get(stage, 0.0) for stage in STAGES}
-        return Rendered(made.pixels, made.jpeg, stages_ms | {"total": 1000 * (time.perf_counter() - begun)}, notices)
+        return Rendered(made.pixels, made.jpeg, stages_ms | {"total": 1000 * (time.perf_counter() - begun)}, notices, cached)
 
     def _make(self, request: RenderRequest, lines: np.ndarray | None, digest) -> Rendered:
         pipe, clock = self.pipe, self.clock
@@ -145,7 +150,7 @@ class Engine:
         cond = None if lines is None else self.conditions.get(digest, lambda: self._condition(lines))
         latents, state = self.noises.get(request.seed, lambda: self._noise(request.seed))
         x0 = pipe.denoise(latents, text.embeds, text.mask, cond, request.strength, request.guidance,
-                          trigflow.sprint_timesteps(request.steps), generator_at(state))     # [1, C, h, w]
+                          trigflow.sprint_timesteps(request.steps), generator_at(state), pipe.noise_scale)     # [1, C, h, w]
         with clock("decode"):
             image = pipe.decode(x0)                                                          # [1, 3, H, W]
         with clock("jpeg"):

@@ -2,7 +2,8 @@
 
     body   = header length (uint32, big endian) | header (JSON, UTF-8) | ink (zlib: 8-bit raster, 255 = ink)
     header = {"seq", "width", "height", "prompt", "style", "strength", "steps", "seed", "guidance"}
-    reply  = JPEG bytes; X-Sketch-Seq, X-Sketch-Stages (JSON, ms), X-Sketch-Notices (JSON)
+    reply  = JPEG bytes; X-Sketch-Seq, X-Sketch-Stages (JSON, ms), X-Sketch-Notices (JSON), and X-Sketch-Cached: 1
+             where the picture was one made before, and its times say nothing about the model
              204 = superseded by a newer frame of the same tab; 4xx/5xx = {"error": what came and what was wanted}
 
 A route of our own is not covered by Gradio's login, CORS check or size limits (measured), so each is made here:
@@ -23,17 +24,19 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from sana_app.request import RenderRequest, check_request
+from sana_app.request import RenderRequest, check_request, shown
 from sana_app.worker import Busy, RenderWorker, Superseded
 
 LIVE_PATH = "/gradio_api/live/frame"  # this prefix survives share, root_path and Gradio's proxies
 BODY_BYTES = 64 * 1024
+ANY_BODY_BYTES = 16 * 1024 * 1024  # of a request to any route, Gradio's own included
 HEADER_BYTES = 8 * 1024
 RASTER_SIDES = (256, 512)
 JOB_LIMIT_S = 30.0
+NO_PICTURE = f"no picture came within {JOB_LIMIT_S:g} s: the model is slow or has many to serve; try again in 2 s"
 FIELDS = ("prompt", "style", "strength", "steps", "seed", "guidance")
 
 
@@ -94,8 +97,8 @@ def decode_frame(body: bytes, styles) -> tuple[int, RenderRequest]:
         raise ValueError(f"header: at most {HEADER_BYTES} bytes inside the body are wanted, got a length of {length}")
     try:
         header = json.loads(body[4:4 + length].decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise ValueError("header: a JSON object in UTF-8 is wanted") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"header: a JSON object in UTF-8 is wanted, got {length} bytes that are none ({error})") from None
     if not isinstance(header, dict):
         raise ValueError(f"header: a JSON object is wanted, got {type(header).__name__}")
     sides = header.get("width"), header.get("height")
@@ -103,7 +106,7 @@ def decode_frame(body: bytes, styles) -> tuple[int, RenderRequest]:
         raise ValueError(f"width, height: 256 x 256 or 512 x 512 is wanted, got {str(sides)[:60]}")
     seq = header.get("seq", 0)
     if type(seq) is not int or not 0 <= seq < 2**53:
-        raise ValueError("seq: a whole number from 0 is wanted")
+        raise ValueError(f"seq: a whole number from 0 to 2**53 is wanted, got {shown(seq)}")
     ink = np.frombuffer(inflate(body[4 + length:], sides[0] * sides[1]), np.uint8).reshape(sides[1], sides[0])
     return seq, check_request(ink, **{k: header[k] for k in FIELDS if k in header}, styles=styles)
 
@@ -119,9 +122,17 @@ def same_origin(headers) -> bool:
     return urlsplit(origin).netloc.lower() in hosts - {""}
 
 
+def token_that_came(token) -> str:
+    """What is said of a token that is not known; never the token itself."""
+    return ("none" if not token else "one that is unknown or has expired") + "; reload the page to get one"
+
+
 async def read_body(request: Request) -> bytes | None:
     """The body, or None as soon as it is longer than BODY_BYTES (the rest is never read)."""
-    if int(request.headers.get("content-length") or 0) > BODY_BYTES:
+    length = request.headers.get("content-length") or "0"
+    if not length.isdecimal():
+        raise ValueError(f"content-length: a whole number is wanted, got {shown(length)}; send the body's length in bytes")
+    if int(length) > BODY_BYTES:
         return None
     parts, total = [], 0
     async for part in request.stream():
@@ -130,6 +141,55 @@ async def read_body(request: Request) -> bytes | None:
             return None
         parts.append(part)
     return b"".join(parts)
+
+
+class BodyTooLong(Exception):
+    """Ends the reading of a body; BodyLimit answers in its place."""
+
+
+class BodyLimit:
+    """ASGI middleware: no request body longer than `most` bytes is read, whichever route it is for.
+
+    Gradio bounds uploaded files but not its JSON bodies, which it holds and parses whole. A route may turn the error
+    of its own reading into any answer (FastAPI says 400): what it sends after the bound was passed is thrown away.
+    """
+
+    def __init__(self, app, most: int = ANY_BODY_BYTES):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if length.isdigit() and int(length) > self.most:
+            return await self.refuse(f"{int(length)} bytes", scope, receive, send)
+        read, answered = 0, False
+
+        async def bounded():
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.most:
+                raise BodyTooLong
+            return message
+
+        async def until_refused(message):
+            nonlocal answered
+            if read <= self.most or answered:
+                answered = True
+                await send(message)
+
+        try:
+            await self.app(scope, bounded, until_refused)
+        except Exception:
+            if read <= self.most or answered:
+                raise
+        if read > self.most and not answered:
+            await self.refuse("more", scope, receive, send)
+
+    async def refuse(self, came: str, scope, receive, send) -> None:
+        message = f"body: at most {self.most} bytes are wanted, got {came}; send less at once"
+        await JSONResponse({"error": message}, 413, {"connection": "close"})(scope, receive, send)
 
 
 class LiveService:
@@ -143,22 +203,25 @@ class LiveService:
 
     async def handle(self, request: Request) -> Response:
         if not same_origin(request.headers):
-            reply = refusal(403, "frames are accepted from this server's own page only")
+            reply = refusal(403, f"frames are accepted from this server's own page only, got one from "
+                                 f"{shown(request.headers.get('origin', 'another site'))}; open the page at this server's address")
         elif not self.tokens.known(token := request.headers.get("x-sketch-token")):
-            reply = refusal(401, "a token of this server is wanted in X-Sketch-Token; reload the page to get one")
+            reply = refusal(401, "a token of this server is wanted in X-Sketch-Token, got " + token_that_came(token))
         else:
             try:
                 body = await read_body(request)
                 reply = await self.answer(token, body, gone=asyncio.ensure_future(client_gone(request)))
-            except (ClientDisconnect, ValueError):  # the client left, or sent a content-length that is no number
-                reply = refusal(400, "the body could not be read")
+            except ClientDisconnect:
+                reply = refusal(400, "body: a whole frame is wanted, got a part of it before the connection ended; send it again")
+            except ValueError as error:
+                reply = refusal(400, str(error))
         return Response(reply.content, reply.status, {"cache-control": "no-store", **reply.headers})
 
     async def answer(self, tab: str, body: bytes | None, gone: asyncio.Future | None = None) -> Reply:
         """One frame of `tab` -> Reply. `gone` completes when the client has left; its place is then freed."""
         try:
             if body is None:
-                return refusal(413, f"body: at most {BODY_BYTES} bytes are wanted")
+                return refusal(413, f"body: at most {BODY_BYTES} bytes are wanted, got more; undo a part of the drawing or clear it")
             try:
                 seq, frame = decode_frame(body, self.styles)
                 future = self.worker.submit(tab, frame)
@@ -179,21 +242,22 @@ class LiveService:
             self.worker.withdraw(tab, future)
             left = gone is not None and gone.done()
             return refusal(499, "the client has left") if left else refusal(
-                504, f"no picture within {JOB_LIMIT_S:g} s", **{"retry-after": "2"})
+                504, NO_PICTURE, **{"retry-after": "2"})
         try:
             done = picture.result()
         except Superseded:
             return Reply(204, headers={"x-sketch-seq": str(seq), "x-sketch-state": "superseded"})
         except asyncio.CancelledError:
-            return refusal(503, "the server is stopping", **{"retry-after": "1"})
+            return refusal(503, "the server is stopping and makes no more pictures; try again in 1 s", **{"retry-after": "1"})
         except Exception as error:
             print(f"a frame failed: {type(error).__name__}: {error}", flush=True)
-            return refusal(500, "the model could not make this picture; the drawing is kept")
+            return refusal(500, "the model could not make this picture; change the drawing or the words if it stays so")
         return Reply(200, done.jpeg, {
             "content-type": "image/jpeg",
             "x-sketch-seq": str(seq),
             "x-sketch-stages": json.dumps({name: round(ms, 2) for name, ms in done.stages_ms.items()}),
             "x-sketch-notices": json.dumps(list(done.notices)),  # ASCII: JSON escapes the rest
+            **({"x-sketch-cached": "1"} if done.cached else {}),
         })
 
 

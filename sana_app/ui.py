@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from uuid import uuid4
 
 import gradio as gr
 import numpy as np
 from PIL import Image, ImageDraw
+from starlette.middleware import Middleware
 
 from sana_app.lines import ink_from_rgb
-from sana_app.live import JOB_LIMIT_S, LiveService
+from sana_app.live import JOB_LIMIT_S, NO_PICTURE, BodyLimit, LiveService
 from sana_app.pad import read_examples, show_first, sketch_pad
-from sana_app.request import PROMPT_CHARS, SEED_MAX, STEPS, STRENGTH_MAX, RenderRequest, check_request
+from sana_app.request import SEED_MAX, STEPS, STRENGTH_MAX, RenderRequest, check_request
 from sana_app.worker import Busy, RenderWorker
 
 Image.MAX_IMAGE_PIXELS = 16_000_000
@@ -105,6 +107,7 @@ class SketchBlocks(gr.Blocks):
             self.before_launch()
         app_kwargs = dict(kwargs.pop("app_kwargs", None) or {})
         app_kwargs["routes"] = [*app_kwargs.get("routes", []), *self.service.routes()]
+        app_kwargs["middleware"] = [*app_kwargs.get("middleware", []), Middleware(BodyLimit)]
         # _frontend=False: no start is given up because a busy machine took over 3 s to answer Gradio's call to itself
         defaults = dict(_frontend=False, theme=sketch_theme(), css=CSS, ssr_mode=False, run_history=False, show_error=False,
                         max_file_size="8mb", footer_links=[], pwa=False)
@@ -145,9 +148,9 @@ def build_page(engine, **pad_options) -> SketchBlocks:
 
 def wish_row(engine, start: dict) -> dict:
     with gr.Row(elem_id="wish"):
+        # no max_length: the browser would cut a paste without a word; the pad sends what is read of it, and says so
         prompt = gr.Textbox(start["prompt"], label="What are you drawing?", lines=1, max_lines=3, scale=4, min_width=200,
-                            placeholder="a red apple (empty: the lines alone decide)", elem_id="prompt",
-                            max_length=PROMPT_CHARS)
+                            placeholder="a red apple (empty: the lines alone decide)", elem_id="prompt")
         style = gr.Dropdown(list(engine.styles), value=start["style"], label="Style", scale=1, min_width=116,
                             elem_id="style", filterable=False)
     return {"prompt": prompt, "style": style}
@@ -198,11 +201,13 @@ def add_api(engine, worker: RenderWorker, start: dict) -> None:
         try:
             request = check_request(read_sketch(sketch), prompt=prompt, style=style, strength=strength, steps=steps,
                                     seed=seed, guidance=guidance, styles=tuple(engine.styles))
-            done = worker.submit(f"api {uuid4()}", request).result(timeout=JOB_LIMIT_S)
+            future = worker.submit(tab := f"api {uuid4()}", request)
+            done = future.result(timeout=JOB_LIMIT_S)
         except (ValueError, Busy) as error:
             raise gr.Error(str(error), print_exception=False) from None
         except TimeoutError:
-            raise gr.Error(f"no picture within {JOB_LIMIT_S:g} s", print_exception=False) from None
+            worker.withdraw(tab, future)
+            raise gr.Error(NO_PICTURE, print_exception=False) from None
         info = {"seed": request.seed, "steps": request.steps, "model": engine.name, "notices": list(done.notices),
                 "stages_ms": {name: round(ms, 2) for name, ms in done.stages_ms.items()}}
         return done.pixels, info
@@ -224,7 +229,10 @@ def read_sketch(path: str | None) -> np.ndarray | None:
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"sketch: at most 16 million pixels are wanted, got {image.width} x {image.height}")
+                raise ValueError(f"sketch: at most 16 million pixels are wanted, got {image.width} x {image.height}; scale it down")
             return ink_from_rgb(np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB")))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"sketch: a PNG, JPEG or WebP picture is wanted ({type(error).__name__})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError("sketch: at most 16 million pixels are wanted, got a picture of more; scale it down") from None
+    except (OSError, SyntaxError):
+        came = f"{os.path.getsize(path)} bytes that are none or are damaged" if os.path.isfile(path) else "no file"
+        raise ValueError(f"sketch: a PNG, JPEG or WebP picture is wanted, got {came}; save the drawing as PNG and send that") from None

@@ -1,5 +1,6 @@
 """The program: its start, its refusals, its one public endpoint, its login, and that it never calls anybody."""
 
+import asyncio
 import json
 import os
 import re
@@ -10,21 +11,26 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
-from browser import served
+from browser import served, slowdown
+from echo_engine import EchoEngine
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from layouts import build_small_folder
 from PIL import Image
 
 import app
-from sana_app.live import LIVE_PATH
+from sana_app.live import ANY_BODY_BYTES, LIVE_PATH
+from sana_app.request import RenderRequest
+from sana_app.ui import read_sketch
 
 ROOT = Path(app.__file__).parent
 START_S = 120
@@ -53,27 +59,33 @@ def folder(tmp_path_factory):
 class Program:
     """`python app.py ...` as a stranger starts it: nothing set that would keep it from going outside."""
 
-    def __init__(self, *args):
+    def __init__(self, *args, start=("-c", WATCHED)):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "GRADIO_"))}
-        self.process = subprocess.Popen([sys.executable, "-u", "-c", WATCHED, *args], cwd=ROOT, text=True, env=env,
+        self.process = subprocess.Popen([sys.executable, "-u", *start, *args], cwd=ROOT, text=True, env=env,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.lines = []
 
-    def ready(self) -> str:
-        """The address, once it is printed."""
-        end = time.monotonic() + START_S
-        while time.monotonic() < end and select.select([self.process.stdout], [], [], end - time.monotonic())[0]:
+    def ready(self, limit_s: float = START_S) -> str:
+        """The address, once it is printed; `limit_s` are seconds of a machine that has time for it."""
+        begun, waited_s = time.monotonic(), limit_s
+        while True:
+            if not select.select([self.process.stdout], [], [], max(0.0, begun + waited_s - time.monotonic()))[0]:
+                waited_s = limit_s * max(1.0, slowdown())  # asked only when late: a starved machine gets its time
+                if time.monotonic() - begun > waited_s:
+                    break
+                continue
             line = self.process.stdout.readline()
             self.lines.append(line)
             if found := re.match(r"Sana Sketch is ready: (http://127\.0\.0\.1:\d+) \(\d+ s\)", line):
                 return found.group(1)
             if not line:
                 break
+        self.process.kill()  # no test is to leave a program behind
         raise AssertionError("not ready:\n" + "".join(self.lines))
 
     def end(self, name=signal.SIGTERM) -> int:
         self.process.send_signal(name)
-        rest, _ = self.process.communicate(timeout=30)
+        rest, _ = self.process.communicate(timeout=START_S)
         self.lines.append(rest)
         return self.process.returncode
 
@@ -149,6 +161,75 @@ def test_generate_refuses_what_is_no_picture(client, tmp_path):
             client.predict(handle_file(str(path)), "a", "none", 1.0, 1, 1, 4.5, api_name="/generate")
 
 
+def test_a_refused_picture_is_named_by_what_came(tmp_path):
+    text, bomb = tmp_path / "text.png", tmp_path / "bomb.png"
+    text.write_text("not a picture")
+    Image.new("1", (8000, 5000)).save(bomb)
+    with pytest.raises(ValueError, match="PNG, JPEG or WebP picture is wanted, got 13 bytes that are none .*; save the drawing as PNG"):
+        read_sketch(str(text))
+    with pytest.raises(ValueError, match="no file; save"):
+        read_sketch(str(tmp_path / "nowhere.png"))
+    with pytest.raises(ValueError, match="at most 16 million pixels are wanted, got a picture of more; scale it down"):
+        read_sketch(str(bomb))
+
+
+class HeldEngine(EchoEngine):
+    """Renders while `opened` is set, and waits for that otherwise."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.opened = threading.Event(), threading.Event()
+        self.opened.set()
+
+    def render(self, request):
+        self.begun.set()
+        assert self.opened.wait(START_S)
+        return super().render(request)
+
+
+def test_a_generate_that_took_too_long_is_withdrawn(monkeypatch):
+    engine = HeldEngine()
+    monkeypatch.setattr("sana_app.ui.JOB_LIMIT_S", 0.2)
+    with served(engine) as (demo, url):
+        worker, client = demo.service.worker, Client(url, verbose=False)
+        engine.opened.clear(), engine.begun.clear()
+        try:
+            held = worker.submit("a tab", RenderRequest(ink=None))
+            assert engine.begun.wait(START_S)
+            with pytest.raises(AppError, match="no picture came within"):
+                client.predict(None, "a", "none", 1.0, 1, 1, 4.5, api_name="/generate")
+            assert not worker.waiting, "its place is free"
+        finally:
+            engine.opened.set()
+            client.close()
+        held.result(START_S)
+        assert engine.rendered == 2, "the page's first picture and the tab's; nothing for the client that was told no"
+
+
+def test_no_json_body_over_16_mb_is_read_by_gradios_routes():
+    most, paths = ANY_BODY_BYTES, ["run/generate", "call/generate", "queue/join", "component_server"]
+
+    async def endless():
+        for sent in range(0, 4 * most, 1 << 20):
+            assert sent <= most + (1 << 20), "the whole body was read"
+            yield b" " * (1 << 20)
+
+    async def stream(app, base):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=base) as client:
+            return [await client.post(f"/gradio_api/{path}", content=endless(), headers={"content-type": "application/json"}) for path in paths]
+
+    with served() as (demo, url):
+        replies = asyncio.run(stream(demo.app, url))
+        assert [reply.status_code for reply in replies] == [413] * len(paths)
+        assert all("at most 16777216 bytes are wanted, got more" in reply.json()["error"] for reply in replies)
+        parts = urlsplit(url)
+        with socket.create_connection((parts.hostname, parts.port), timeout=START_S) as line:  # refused before a byte of it is sent
+            line.sendall(f"POST /gradio_api/queue/join HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: {most + 1}\r\n\r\n".encode())
+            assert line.recv(64).startswith(b"HTTP/1.1 413 ")
+        within = httpx.post(f"{url}gradio_api/queue/join", content=b" " * (most - 100), timeout=START_S)
+        assert within.status_code != 413
+
+
 def test_an_endless_prompt_is_cut_and_said(client, sketch):
     info = client.predict(sketch, "red " * 20_000, "none", 1.0, 1, 1, 4.5, api_name="/generate")[1]
     assert any("500 characters" in notice for notice in info["notices"])
@@ -162,9 +243,24 @@ def test_the_live_route_asks_for_a_token(program):
 def test_the_program_starts_warm_goes_nowhere_outside_and_ends_on_a_signal(program, client, sketch):
     client.predict(sketch, "a", "none", 1.0, 1, 1, 4.5, api_name="/generate")
     began = time.monotonic()
-    assert program.end() == 0 and time.monotonic() - began < 10
+    assert program.end() == 0
+    took_s = time.monotonic() - began
+    assert took_s < 10 or took_s < 10 * slowdown()  # a starved machine is no slow program
     output = "".join(program.lines)
     assert "OUTSIDE" not in output and "Traceback" not in output, output
+
+
+def test_plain_app_py_opens_the_shipped_model_and_says_where():
+    """The aim is 30 s on a quiet machine; a busy one gets three times that, and more where it is starved."""
+    begun, program = time.monotonic(), Program(start=("app.py",))
+    try:
+        address = program.ready(limit_s=90)
+        print(f"ready after {time.monotonic() - begun:.0f} s at {address}")
+        page = httpx.get(address, timeout=START_S)
+        assert page.status_code == 200 and "emoji \u00b7 128 px" in page.text.replace("\\u00b7", "\u00b7")
+    finally:
+        ended = program.end()
+    assert ended == 0 and "Traceback" not in "".join(program.lines)
 
 
 def half_written(folder, to):

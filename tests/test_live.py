@@ -4,10 +4,12 @@ import asyncio
 import io
 import json
 import random
+import re
 import struct
 import time
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -15,8 +17,12 @@ import pytest
 from echo_engine import EchoEngine
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
-from sana_app.live import BODY_BYTES, LIVE_PATH, LiveService, TokenBook, inflate
+from sana_app.live import BODY_BYTES, LIVE_PATH, BodyLimit, LiveService, TokenBook, inflate
 from sana_app.pad import answer_through_gradio
 from sana_app.worker import RenderWorker
 
@@ -145,6 +151,73 @@ def test_a_body_over_the_bound_is_refused_without_reading_it(service):
         raise AssertionError("the whole body was read")
 
     assert send(service, endless()).status_code == 413
+
+
+def test_a_picture_made_before_is_marked_as_such(service, engine):
+    render = engine.render
+    for cached in (False, True, False):
+        service.worker.render = lambda request: replace(render(request), cached=cached)  # noqa: B023 (used within the turn)
+        assert send(service, body(drawing())).headers.get("x-sketch-cached") == ("1" if cached else None)
+
+
+def test_a_refusal_names_what_came_and_what_to_do(service):
+    def said(content=b"", **headers):
+        return send(service, content, **headers).json()["error"]
+
+    assert "got 5 bytes" in said(body(drawing(), b"{nope")) and "got 3 bytes" in said(body(drawing(), b"\xff\xfe\x00"))
+    assert "got -1" in said(body(drawing(), seq=-1)) and "got '7'" in said(body(drawing(), seq="7"))
+    assert re.search("got none; reload", said(**{"x-sketch-token": ""})) and re.search("unknown or has expired; reload", said(token="x"))
+    assert re.search("got one from 'https://evil.example'; open", said(origin="https://evil.example"))
+    assert re.search(f"{BODY_BYTES} bytes are wanted, got more; undo", said(b"x" * (BODY_BYTES + 1)))
+    assert re.search("content-length: a whole number is wanted, got 'many'; send", said(b"x", **{"content-length": "many"}))
+    through_gradio = lambda **payload: asyncio.run(answer_through_gradio(service, payload))["error"]  # noqa: E731
+    token = service.tokens.mint()
+    assert "got none; reload" in through_gradio(body="A") and "unknown or has expired; reload" in through_gradio(token="x")
+    assert "got 7; undo" in through_gradio(token=token, body=7) and "got 100000 characters; undo" in through_gradio(token=token, body="A" * 100_000)
+    assert "got 40 characters that are none" in through_gradio(token=token, body="*" * 40)
+    assert "got 2 characters that are none" in through_gradio(token=token, body="éé")
+
+
+def test_a_client_that_leaves_before_the_end_of_its_body_is_told_what_was_missing(service):
+    async def half():
+        messages = [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}]
+
+        async def receive():
+            return messages.pop(0)
+
+        headers = [(b"x-sketch-token", service.tokens.mint().encode())]
+        return await service.handle(Request({"type": "http", "method": "POST", "headers": headers}, receive))
+
+    reply = asyncio.run(half())
+    assert reply.status_code == 400 and "got a part of it" in json.loads(reply.body)["error"]
+
+
+async def a_route_that_hides_why(request):
+    try:
+        return JSONResponse(len(await request.body()))
+    except Exception:  # as FastAPI does
+        return JSONResponse("There was an error parsing the body", 400)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_no_route_reads_a_body_over_the_bound(streamed):
+    app = Starlette(routes=[Route("/", a_route_that_hides_why, methods=["POST"])], middleware=[Middleware(BodyLimit, most=4096)])
+    pulled = []
+
+    async def parts(count):
+        for _ in range(count):
+            pulled.append(1024)
+            yield b"x" * 1024
+
+    async def ask(count):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=BASE) as client:
+            return await client.post("/", content=parts(count) if streamed else b"x" * (1024 * count))
+
+    assert asyncio.run(ask(4)).json() == 4096
+    pulled.clear()
+    reply = asyncio.run(ask(1000))
+    assert reply.status_code == 413 and len(pulled) <= 5
+    assert re.fullmatch("body: at most 4096 bytes are wanted, got (more|1024000 bytes); send less at once", reply.json()["error"])
 
 
 def test_an_inflate_bomb_costs_no_memory_and_no_time():

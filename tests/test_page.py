@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import LINE, LOW_LINE, Pad, chromium, pad, served, tab, url  # noqa: F401
+from browser import LINE, LOW_LINE, Pad, chromium, pad, served, slowdown, tab, url  # noqa: F401
 from echo_engine import EchoEngine
 from layouts import build_small_folder
 from PIL import Image
@@ -217,14 +217,6 @@ def downloaded(pad):
 def test_the_picture_can_be_downloaded(pad):
     image = downloaded(pad)
     assert image.format == "PNG" and image.size == (256, 256)
-
-
-def slowdown() -> float:
-    """How many seconds this machine takes for one of ours: 1 when it is free, 10 beside a neighbour with priority."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    while time.process_time() - cpu < 0.2:
-        pass
-    return (time.perf_counter() - wall) / 0.2
 
 
 def test_the_overhead_of_the_page_is_small(pad):

@@ -7,13 +7,13 @@ is not to be had (another app mounts the page, a proxy refuses it) to the server
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from pathlib import Path
 
 import gradio as gr
 
-from sana_app.live import BODY_BYTES, LiveService, refusal
+from sana_app.live import BODY_BYTES, LiveService, refusal, token_that_came
+from sana_app.request import PROMPT_CHARS, shown
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent.parent / "assets" / "examples"
@@ -43,7 +43,7 @@ def sketch_pad(service: LiveService, *, examples: list[dict], settings: dict, si
         js_on_load="\n".join((HERE / name).read_text(encoding="utf-8") for name in ("strokes.js", "live.js", "pad.js")),
         apply_default_css=False,
         server_functions=[mint, frame],
-        examples=examples, settings=settings, side=side, slow_ms=slow_ms, picture=None,
+        examples=examples, settings=settings, side=side, slow_ms=slow_ms, prompt_chars=PROMPT_CHARS, picture=None,
         **kwargs,
     )
 
@@ -57,14 +57,15 @@ async def answer_through_gradio(service: LiveService, payload) -> dict:
     """A live frame as JSON in, JSON out: {"token", "body": base64} -> {"status", "headers", "jpeg" | "error"}."""
     token, text = (payload.get("token"), payload.get("body")) if isinstance(payload, dict) else (None, None)
     if not isinstance(token, str) or not service.tokens.known(token):
-        reply = refusal(401, "a token of this server is wanted")
+        reply = refusal(401, "a token of this server is wanted, got " + token_that_came(token))
     elif not isinstance(text, str) or len(text) > BODY_BYTES * 4 // 3 + 4:
-        reply = refusal(413, f"body: base64 text of at most {BODY_BYTES} bytes is wanted")
+        got = f"{len(text)} characters" if isinstance(text, str) else shown(text)
+        reply = refusal(413, f"body: base64 text of at most {BODY_BYTES} bytes is wanted, got {got}; undo a part of the drawing or clear it")
     else:
         try:
             reply = await service.answer(token, base64.b64decode(text, validate=True))
-        except binascii.Error:
-            reply = refusal(400, "body: base64 text is wanted")
+        except ValueError as error:  # binascii.Error, and letters outside ASCII
+            reply = refusal(400, f"body: base64 text is wanted, got {len(text)} characters that are none ({error})")
     answer = {"status": reply.status, "headers": reply.headers}
     if reply.status == 200:
         answer["jpeg"] = base64.b64encode(reply.content).decode()

@@ -29,7 +29,8 @@ class Live {
     Object.assign(this, { root, appId, slowMs, server, snapshot, onPicture, onState, onStale });
     Object.assign(this, { dirty: false, urgent: false, flying: 0, seq: 0, shown: 0, failures: 0, sentAt: -1e9 });
     this.totals = [];       // the last few round trips, ms
-    this.modelMs = 0;
+    this.modelMs = null;    // of the last picture that was computed: null until there is one
+    this.stages = {};       // its stage times
     this.token = null;      // a promise of one
     this.viaServer = false;  // true once the route was refused: the same payload goes through a server function
     this.timer = null;
@@ -51,7 +52,7 @@ class Live {
     return this.totals.length > 1 && this.totalMs > this.slowMs;
   }
   get mayFly() {  // a second request in flight hides the network only where the network is a good part of the whole
-    return this.totalMs - this.modelMs > this.modelMs / 2 && this.totals.length > 1 ? 2 : 1;
+    return this.modelMs !== null && this.totalMs - this.modelMs > this.modelMs / 2 && this.totals.length > 1 ? 2 : 1;
   }
 
   pump() {
@@ -61,7 +62,7 @@ class Live {
     this.dirty = this.urgent = this.refused = false;
     this.sentAt = performance.now();
     this.flying++;
-    this.send(++this.seq, this.snapshot()).catch((error) => this.failed(String(error)))
+    this.send(++this.seq, this.snapshot()).catch((error) => { console.debug(error); this.failed(); })
       .finally(() => {
         this.flying--;
         this.pump();
@@ -79,24 +80,26 @@ class Live {
     const token = await this.mint();
     if (!token) {
       if (await this.stale()) this.onStale();
-      return this.failed("not signed in");
+      return this.failed();
     }
     const reply = this.viaServer ? await this.postServer(token, body) : await this.postRoute(token, body);
     if (reply.status === 200) {
       this.failures = 0;
       if (seq <= this.shown) return;
       this.shown = seq;
-      const stages = JSON.parse(reply.header("x-sketch-stages") || "{}");
-      this.modelMs = stages.total || 0;
-      this.totals.push(performance.now() - start);
-      if (this.totals.length > 5) this.totals.shift();
+      if (!reply.header("x-sketch-cached")) {  // a picture made before tells nothing of what the next one will take
+        this.stages = JSON.parse(reply.header("x-sketch-stages") || "{}");
+        this.modelMs = this.stages.total || 0;
+        this.totals.push(performance.now() - start);
+        if (this.totals.length > 5) this.totals.shift();
+      }
       await this.onPicture(reply.blob, {
-        seq, stages, modelMs: this.modelMs, totalMs: performance.now() - start,
+        seq, stages: this.stages, modelMs: this.modelMs, totalMs: performance.now() - start,
         notices: JSON.parse(reply.header("x-sketch-notices") || "[]"), frame,
       });
     } else if (reply.status === 401) {        // the server was restarted, or the tab slept long
       this.token = null;
-      this.failed("signing in again");
+      this.failed();
     } else if ([403, 404, 405].includes(reply.status) && !this.viaServer) {
       this.viaServer = true;                   // the route is not to be had here: a proxy, or a mounted app
       this.again();
@@ -105,7 +108,7 @@ class Live {
     } else if (reply.status !== 204) {         // 4xx: asking again would not help
       this.failures = 0;
       this.refused = true;
-      this.onState("error", reply.error);
+      this.onState("error", reply.error || "The server refused this drawing: " + reply.status);
     }
   }
 
@@ -128,7 +131,7 @@ class Live {
       method: "POST", body, headers: { "x-sketch-token": token, "content-type": "application/octet-stream" },
     });
     const blob = reply.status === 200 ? await reply.blob() : null;
-    const error = reply.status >= 400 ? ((await reply.json().catch(() => ({}))).error || "refused: " + reply.status) : "";
+    const error = reply.status >= 400 ? ((await reply.json().catch(() => ({}))).error || "") : "";
     return { status: reply.status, blob, error, header: (name) => reply.headers.get(name) };
   }
 
@@ -140,7 +143,8 @@ class Live {
   }
 
   // The frame did not get through. Nothing is lost: the drawing is here, and the newest state goes out again.
-  failed(message) {
+  // message: what the server itself said of it, if it said anything.
+  failed(message = "") {
     const pause = RETRY_MS[Math.min(this.failures++, RETRY_MS.length - 1)];
     this.onState("offline", message);
     this.dirty = this.urgent = true;

@@ -55,7 +55,8 @@ const live = new Live({
   snapshot: () => {
     ink.show(current);
     const { prompt, style, strength, steps, seed, guidance } = settings;
-    return { ink: ink.ink(), side: ink.side, settings: { prompt, style, strength, steps, seed, guidance } };
+    const read = readOf(prompt).join("");
+    return { ink: ink.ink(), side: ink.side, settings: { prompt: read, style, strength, steps, seed, guidance } };
   },
   onPicture: async (blob, info) => {
     const bitmap = await createImageBitmap(blob);
@@ -64,15 +65,16 @@ const live = new Live({
     paintPicture(bitmap);
     times = times.filter((t) => t > performance.now() - 2000).concat(performance.now());
     const rate = times.length > 2 ? " · " + Math.round((1000 * (times.length - 1)) / (times[times.length - 1] - times[0])) + "/s" : "";
-    $("times").textContent = "model " + Math.round(info.modelMs) + " ms · total " + Math.round(info.totalMs) + " ms" + rate;
-    $("times").title = Object.entries(info.stages).map(([k, v]) => k + " " + v.toFixed(1) + " ms").join("\n");
+    const model = info.modelMs === null ? "" : "model " + Math.round(info.modelMs) + " ms · ";
+    $("times").textContent = model + "total " + Math.round(info.totalMs) + " ms" + rate;
+    showStages(info.stages);
     root.dataset.seq = info.seq;
-    say(info.notices.concat(live.slow ? ["This machine is slow: the picture follows when the pen is lifted."] : []).join(" "));
+    say(cutNotice().concat(info.notices, live.slow ? ["This machine is slow: the picture follows when the pen is lifted."] : []).join(" "));
   },
   onState: (state, message) => {
     root.dataset.state = state;
-    if (state === "offline" && message) say("No answer from the server. Your drawing is kept; trying again …");
-    if (state === "error") say(message);
+    if (state === "offline" && message !== undefined) say((sentence(message) || "No answer from the server.") + " Your drawing is kept; trying again …");
+    if (state === "error") say(sentence(message));
   },
   onStale: () => { if (held === null) { keep(); location.reload(); } },
 });
@@ -86,6 +88,26 @@ function paintPicture(bitmap) {
 }
 function say(text) {
   if ($("status").textContent !== text) $("status").textContent = text;
+}
+const sentence = (text) => text && text[0].toUpperCase() + text.slice(1) + (/[.!?…]$/.test(text) ? "" : ".");
+
+// A stage that took no time this once (a cached prompt) keeps its place, so that nothing jumps while one draws.
+const STAGE_NAMES = { controlnet: "ControlNet", jpeg: "JPEG" };
+function showStages(stages) {
+  const entries = Object.entries(stages).filter(([name]) => name !== "total");
+  $("stages").replaceChildren(...entries.map(([name, ms], i) => {
+    const item = document.createElement("span"), unit = i === entries.length - 1 ? " ms" : "";
+    const text = ms < 0.05 ? "0" : ms < 9.95 ? ms.toFixed(1) : Math.round(ms);
+    item.textContent = (STAGE_NAMES[name] || name) + " " + text + unit;
+    return item;
+  }));
+}
+
+// The model's server reads so many characters of a prompt. The rest stays in its box, to be shortened by hand.
+const readOf = (prompt) => Array.from(prompt || "").slice(0, props.prompt_chars);
+function cutNotice() {
+  const came = Array.from(settings.prompt || "").length;
+  return came > props.prompt_chars ? ["Only the first " + props.prompt_chars + " of the prompt's " + came + " characters are read."] : [];
 }
 
 // ---- settings: Gradio's controls write them, the pad reads them ------------------------------------------------------
