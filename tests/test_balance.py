@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pictures import open_corpus, write_networks, write_pictures
-from training.balance import ATTRIBUTES, CAP, even_weights, parse_attributes, tell
+from pictures import open_corpus, write_networks, write_pictures, write_shards
+from training.balance import ATTRIBUTES, CAP, by_name, even_weights, load_weights, parse_attributes, read, tell
 from training.loop import Draws
 
 ROOT = Path(__file__).parent.parent
@@ -96,3 +96,42 @@ def test_the_command_writes_weights_that_the_training_draws_with(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match="training.balance"):
         open_corpus(networks, tmp_path / "out", data, balance=str(tmp_path / "bad.json"))
+
+
+def write_weights(path: Path, content: dict) -> str:
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_two_data_sets_with_the_same_names_keep_their_own_weights(tmp_path):
+    """Numbered pictures: p000 is a picture of each set, p003 of one only."""
+    networks = write_networks(tmp_path / "networks")
+    for name, caption, count in (("a", "a red cat", 4), ("b", "a blue cat", 3)):
+        write_pictures(tmp_path / name, count, caption=caption)
+    data = f"{tmp_path}/a*1,{tmp_path}/b*1"
+    names, _ = read(data, "train")
+    content = by_name(names, np.arange(1.0, 8.0))
+    assert content["weights"] == {"p003": 4.0} and content["sets"][f"{tmp_path}/b"] == {"p000": 5.0, "p001": 6.0, "p002": 7.0}
+    corpus = open_corpus(networks, tmp_path / "out", data, balance=write_weights(tmp_path / "b.json", content))
+    shares = np.diff(np.concatenate([[0], corpus.shelves[0].cumulative]))
+    np.testing.assert_allclose(shares, np.concatenate([np.arange(1, 5) / 10, np.arange(5, 8) / 18]) / 2)
+    # one of the two alone, and by another spelling of its path
+    relative = os.path.relpath(tmp_path / "b")
+    assert load_weights(str(tmp_path / "b.json"), {relative: ["p001"]}) == {relative: {"p001": 6.0}}
+
+
+def test_a_weight_that_could_be_that_of_several_pictures_is_refused(tmp_path):
+    old = write_weights(tmp_path / "old.json", {"data": "a,b", "weights": {"p000": 2.0, "p001": 3.0}})  # as written before data sets were told apart
+    assert load_weights(old, {"a": ["p000"], "b": ["p001", "p007"]}) == {"a": {"p000": 2.0}, "b": {"p001": 3.0}}
+    with pytest.raises(ValueError, match="one weight for p000, which is a picture of a and another one of b: write it anew"):
+        load_weights(old, {"a": ["p000"], "b": ["p001", "p000"]})
+    new = write_weights(tmp_path / "new.json", {"weights": {}, "sets": {"a": {"p000": 2.0}, "b": {"p000": 3.0}}})
+    with pytest.raises(ValueError, match="weights for p000 of .*a, .*b, but not of c: write it anew"):
+        load_weights(new, {"c": ["p000"]})
+
+
+def test_the_same_name_twice_in_one_data_set_is_refused(tmp_path):
+    first, second = (write_shards(tmp_path / name, 2, 2)[0] for name in ("x", "y"))
+    second.rename(first.with_name("train-00001.tar"))
+    with pytest.raises(ValueError, match="x has 2 samples named p000, in different shards"):
+        read(str(tmp_path / "x"), "train")

@@ -318,6 +318,7 @@ def test_a_controlnet_is_distilled_onto_a_finished_student_that_keeps_every_bit(
     train_student(Config(base=str(sprint), flow_teacher=str(controlled / "controlnet"), condition="canny", student_base=False, **STUDENT), tmp_path)
     assert same(state(load_transformer(tmp_path / "student")), load_transformer(sprint).state_dict())
     pipe = SanaSprintControlNetPipeline.from_pretrained(tmp_path / "student")
+    assert json.loads((tmp_path / "student" / "controlnet" / "condition.json").read_text()) == {"condition": "canny"}
     trained = state(pipe.controlnet)
     start = sprint_from_teacher(SanaSprintControlNetModel.from_pretrained(controlled / "controlnet" / "controlnet"))
     assert trained.keys() == start.state_dict().keys() and not same(trained, start.state_dict())

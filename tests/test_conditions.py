@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from layouts import build_base_folder
+from pictures import open_corpus, write_networks, write_pictures
 
 from training.base import with_base
 from training.batches import Corpus
-from training.conditions import CONDITIONS, canny, condition_maker
+from training import conditions
+from training.conditions import CONDITIONS, DETECTOR_WEIGHTS, canny, check_condition, condition_key, condition_maker, write_condition
 from training.config import Config
-from training.data.cache import fit
+from training.data.cache import fit, pixel_cache
 from training.data.shards import Sample, ShardWriter, read_samples
 
 SAMPLE = Path(__file__).parent.parent / "assets" / "sample"
@@ -133,3 +135,43 @@ def test_conditions_reach_the_batch_as_latents(tmp_path):
             wanted = corpus.vae.encode(x.contiguous()).latent * corpus.vae.config.scaling_factor
         torch.testing.assert_close(batch.cond, wanted, atol=5e-3, rtol=5e-3)  # the cache is half precision
         assert corpus.drawings(batch).shape == (6, 3, 32, 32)
+
+
+# ---- which network, and which ControlNet ------------------------------------------------------------------------------
+
+
+def test_another_network_makes_other_rasters_and_no_other_cache_is_renamed(tmp_path, monkeypatch):
+    """The old rasters were used again, whatever network was named."""
+    networks, data = write_networks(tmp_path / "networks"), write_pictures(tmp_path / "data", 3)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "ControlNetHED.pth").write_bytes(name.encode())
+    level, loaded = {"": 10, str(tmp_path / "one"): 100, str(tmp_path / "two"): 200}, []
+
+    def load(kind, weights):
+        loaded.append(weights)
+        return lambda image: np.full(image.shape[:2], level[weights], np.uint8)
+    monkeypatch.setattr(conditions, "load_detector", load)
+    opened = lambda weights: open_corpus(networks, tmp_path / "out", data, condition="hed", condition_weights=weights)
+    for weights in level:
+        assert (opened(weights).pixels.inks[:] == level[weights]).all()
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert (opened(str(tmp_path / "moved")).pixels.inks[:] == 100).all() and len(loaded) == 3  # known by its content
+    assert condition_key("hed") == condition_key("hed", DETECTOR_WEIGHTS) == "hed" and condition_key("depth", "a/b") == "depth a/b"
+    assert [condition_key(kind, str(tmp_path / "two")) for kind in ("lines", "canny", "own")] == ["lines", "canny", "own"]
+
+
+def test_the_cache_of_line_drawings_keeps_its_name(tmp_path):
+    """Run folders and the shipped model name their data by it."""
+    assert pixel_cache(SAMPLE, "train", 64, tmp_path).hash == "82805937154d1507"
+
+
+def test_a_controlnet_says_what_it_follows_and_one_that_does_not_is_taken_as_it_is(tmp_path):
+    check_condition(tmp_path, "depth")
+    write_condition(tmp_path, "canny")
+    check_condition(tmp_path, "canny")
+    with pytest.raises(ValueError, match="condition=lines, but the ControlNet at .* follows canny: --set condition=canny"):
+        check_condition(tmp_path, "lines")
+    (tmp_path / "condition.json").write_text("{")
+    with pytest.raises(ValueError, match="condition.json is not readable JSON"):
+        check_condition(tmp_path, "canny")

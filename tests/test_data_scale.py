@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ import pytest
 import torch
 
 from pictures import open_corpus, picture, write_networks, write_pictures, write_shards
+from training import text
 from training.data.cache import Reading, pixel_cache, pixel_sets
 from training.data.latents import latent_cache
 from training.data.rows import Rows
@@ -238,6 +240,25 @@ def test_a_caption_is_encoded_once_whatever_set_it_comes_in(tmp_path):
         torch.testing.assert_close(states[1, :2], torch.arange(6.0).view(3, 2)[:2] + 1)
     text_cache(["a"], encode, "another encoder", tmp_path, 2)
     assert seen.count("a") == 2
+
+
+def test_the_text_encoder_is_loaded_for_captions_that_are_missing_and_then_let_go(tmp_path, networks, monkeypatch):
+    """It was loaded at every start, in every process, and stayed."""
+    loaded, load = [], text.load_text_encoder
+
+    def watched(*args):
+        found = load(*args)
+        loaded.append(weakref.ref(found[1]))
+        return found
+    monkeypatch.setattr(text, "load_text_encoder", watched)
+    data = write_pictures(tmp_path / "data", 6)
+    first = open_corpus(networks, tmp_path / "out", data)
+    assert len(loaded) == 1 and loaded[0]() is None
+    again = open_corpus(networks, tmp_path / "out", data)
+    assert len(loaded) == 1 and torch.equal(again.fixed(6).text, first.fixed(6).text)
+    write_pictures(tmp_path / "data", 1, first=6)
+    open_corpus(networks, tmp_path / "out", data)
+    assert len(loaded) == 2 and loaded[1]() is None
 
 
 def test_a_cache_of_the_first_layout_is_read_as_it_is(tmp_path, networks):

@@ -1,6 +1,7 @@
 """LoRA: what is trained, what is saved, that stock diffusers, our pipeline and the page load it, and that nothing else changes."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from sana_app.model.pipeline import SanaSprintControlNetPipeline
 from sana_app.presets import EMOJI_STYLES, Preset
 from sana_app.request import RenderRequest
 from training import lora
+from training.base import link_or_copy
+from training.conditions import write_condition
 from training.config import load_config
 from training.data.shards import encode_png
 from training.lora_pictures import captioned
@@ -259,6 +262,23 @@ def test_what_is_missing_is_said(places, tmp_path):
                          ([f"lora_teacher={places / 'base'}"], "is itself a one-step model")]:
         with pytest.raises(ValueError, match=words):
             train(places, tmp_path / "out", *extra)
+
+
+def test_lines_are_learnt_from_what_the_controlnets_follow_only(places, tmp_path):
+    for name in ("base", "teacher"):
+        shutil.copytree(places / "base" / "controlnet", tmp_path / name / "controlnet")
+        link_or_copy(places / name / "transformer", tmp_path / name / "transformer")
+    for said, extra in (("base", ()), ("teacher", (f"lora_teacher={tmp_path / 'teacher'}",))):
+        write_condition(tmp_path / said / "controlnet", "canny")
+        with pytest.raises(ValueError, match=f"condition=lines, but the ControlNet at .*{said}.controlnet follows canny: --set condition=canny"):
+            train(places, tmp_path / "out", "lora_lines=0.5", f"base={tmp_path / 'base'}", *extra)
+        (tmp_path / said / "controlnet" / "condition.json").unlink()
+
+
+def test_the_preview_watches_the_latents(places, tmp_path, capsys):
+    folder = train(places, tmp_path / "run", "lora_steps=1")
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("lora 1:"))
+    assert all(f"{name} " in said for name in ("latent_mean", "latent_std", "latent_drift", "sample_drift")) and (folder / "latents.json").is_file()
 
 
 # ---- the suggestion ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from layouts import build_small_folder
 from training import monitor
 from training.batches import Corpus
 from training.config import Config
+from training.teacher import validation_loss
 
 
 def latents(count: int, seed: int = 0, channels: int = 6) -> torch.Tensor:
@@ -96,3 +98,37 @@ def test_samples_alarm_once_they_have_been_inside(corpus, tmp_path, caplog):
     found = monitor.check(tmp_path, corpus, bad)
     assert found["sample_alarm"] == 1 and found["sample_drift"] > 1 and found["latent_alarm"] == 0
     assert "sampled latents left" in caplog.text
+
+
+def test_samples_that_stay_outside_are_told_once_and_again_when_they_have_been_back(corpus, tmp_path, caplog):
+    good = torch.from_numpy(corpus.latents.images[:16].astype(np.float32))
+    found = [monitor.check(tmp_path, corpus, x)["sample_alarm"] for x in (3 * good, good, 3 * good, 3 * good, 3 * good, good, 3 * good)]
+    assert found == [0, 0, 1, 1, 1, 0, 1], "the number stays on the curve"
+    assert caplog.text.count("sampled latents left") == 2
+
+
+# ---- no more at once than the recipe allows ---------------------------------------------------------------------------
+
+
+def test_pictures_are_encoded_in_parts_to_the_same_latents(corpus, monkeypatch):
+    sizes, encode = [], corpus.vae.encode
+    monkeypatch.setattr(corpus.vae, "encode", lambda x, **kwargs: (sizes.append(len(x)), encode(x, **kwargs))[1])
+    batch = corpus.fixed(10)
+    whole = monitor.encode(corpus, batch)
+    monkeypatch.setattr(corpus, "config", replace(corpus.config, encode_batch=4))
+    torch.testing.assert_close(monitor.encode(corpus, batch), whole, rtol=1e-5, atol=1e-5)
+    assert sizes == [10, 4, 4, 2]
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_the_validation_loss_is_taken_in_parts_to_the_same_number(corpus, others):
+    sizes = []
+
+    def predict(x_s, s, batch):
+        sizes.append(len(x_s))
+        assert len(batch.captions) == len(batch.text) == len(batch.rows) == len(s) and batch.shelf == 0
+        return 0.3 * x_s + batch.cond * s.view(-1, 1, 1, 1) + batch.text.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+    whole = validation_loss(predict, corpus, corpus.config, others)
+    assert validation_loss(predict, corpus, replace(corpus.config, encode_batch=3), others) == pytest.approx(whole, rel=1e-5)
+    assert sizes[0] == sum(sizes[1:]) > 3 and max(sizes[1:]) == 3
+    assert others == (whole != validation_loss(predict, corpus, corpus.config))

@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from training.checkpoint import write_atomic
 from training.config import Config
 from training.data.cache import Pixels
 from training.data.shards import read_captions
-from training.data.sources import groups, list_shards, parse_mixture
+from training.data.sources import groups, is_named, list_shards, parse_mixture
 
 # attribute -> values; a value is a word or phrase, or several that count as one, separated by |
 ATTRIBUTES: dict[str, list[str]] = {
@@ -111,13 +112,42 @@ def report(tables: dict[str, np.ndarray], attributes: dict[str, list[str]], weig
     return "\n".join(lines)
 
 
-def load_weights(path: str) -> dict[str, float]:
-    """Key of a picture -> its weight. ValueError says what was wanted."""
-    try:
-        found = json.loads(Path(path).read_text())["weights"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"balance={path!r}: {error!r}; wanted the file that `python -m training.balance --data DIR` writes") from error
+def by_name(names: list[tuple[str, str]], weights: np.ndarray) -> dict[str, dict]:
+    """`weights`: key -> weight, of the keys that only one data set has; `sets`: data set -> key -> weight, of the others. `names`: (data set, key).
+
+    Numbered pictures have the same keys in every folder. Where keys differ no path is written, so that the data may be moved.
+    """
+    owners = Counter(key for _, key in names)
+    found: dict[str, dict] = {"weights": {}, "sets": {}}
+    for (spec, key), weight in zip(names, np.round(weights, 6).tolist()):
+        (found["weights"] if owners[key] == 1 else found["sets"].setdefault(spec, {}))[key] = weight
     return found
+
+
+def load_weights(path: str, keys: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+    """Data set -> key of a picture -> its weight, for data sets with those `keys`. ValueError says what was wanted, and where a weight
+    could be that of several pictures."""
+    place = lambda spec: spec if is_named(spec) else str(Path(spec).resolve())
+    try:
+        content = json.loads(Path(path).read_text())
+        plain, sets = content["weights"], {place(spec): dict(found) for spec, found in content.get("sets", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"balance={path!r}: {error!r}; wanted the file that `python -m training.balance --data DIR` writes") from error
+    anew = "write it anew: python -m training.balance --data, with all data sets of this training as they are named here"
+    shared = {key for found in sets.values() for key in found}
+    owners: dict[str, str] = {}
+    weights: dict[str, dict[str, float]] = {}
+    for spec, of_set in keys.items():
+        own = sets.get(place(spec), {})
+        for key in of_set:
+            if key in own:
+                continue
+            if key in shared:
+                raise ValueError(f"balance={path!r} has weights for {key} of {', '.join(p for p in sets if key in sets[p])}, but not of {spec}: {anew}")
+            if key in plain and owners.setdefault(key, spec) != spec:
+                raise ValueError(f"balance={path!r} has one weight for {key}, which is a picture of {owners[key]} and another one of {spec}: {anew}")
+        weights[spec] = {key: own.get(key, plain.get(key)) for key in of_set if key in own or key in plain}
+    return weights
 
 
 def row_weights(pixels: Pixels, config: Config, balance: dict[str, float] | None) -> np.ndarray:
@@ -132,10 +162,10 @@ def row_weights(pixels: Pixels, config: Config, balance: dict[str, float] | None
     return weights * np.array([balance.get(k, 1.0) for k in pixels.keys])
 
 
-def read(data: str, split: str) -> tuple[list[str], list[list[str]]]:
-    """Keys and captions of all samples; pictures are not decoded, and broken samples are left to the training to name."""
-    keys, captions = [], []
-    for spec, _ in parse_mixture(data):
+def read(data: str, split: str) -> tuple[list[tuple[str, str]], list[list[str]]]:
+    """(data set, key) and captions of all samples; pictures are not decoded, and broken samples are left to the training to name."""
+    names, captions = [], []
+    for spec in dict.fromkeys(spec for spec, _ in parse_mixture(data)):
         for shard in list_shards(spec, split):
             for key, files in groups(shard):
                 try:
@@ -143,11 +173,14 @@ def read(data: str, split: str) -> tuple[list[str], list[list[str]]]:
                 except ValueError:
                     continue
                 if found:
-                    keys.append(key)
+                    names.append((spec, key))
                     captions.append(found)
-    if not keys:
+    if not names:
         raise ValueError(f"{data}: no sample with a caption in the split {split}")
-    return keys, captions
+    (spec, key), count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{spec} has {count} samples named {key}, in different shards: weights are told apart by name, so give each its own")
+    return names, captions
 
 
 def main() -> None:
@@ -164,13 +197,13 @@ def main() -> None:
         wanted = [a.strip() for a in args.even.split(",") if a.strip()] or list(attributes)
         if set(wanted) - set(attributes):
             raise ValueError(f"--even {args.even!r}: wanted some of {', '.join(attributes)}")
-        keys, captions = read(args.data, args.split)
+        names, captions = read(args.data, args.split)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     tables = tell(captions, attributes)
     weights = even_weights({a: tables[a] for a in wanted}, args.least)
     print(report(tables, attributes, weights))
-    content = {"data": args.data, "even": wanted, "weights": dict(zip(keys, np.round(weights, 6).tolist()))}
+    content = {"data": args.data, "even": wanted, **by_name(names, weights)}
     write_atomic(args.out, lambda file: file.write((json.dumps(content) + "\n").encode()))
     print(f"weights from {weights.min():.3g} to {weights.max():.3g} written to {args.out}: --set balance={args.out}")
 

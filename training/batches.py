@@ -1,4 +1,8 @@
-"""Training batches from the caches: picture latent, lines latent, caption; a pure function of the step's draws."""
+"""Training batches from the caches: picture latent, lines latent, caption; a pure function of the step's draws.
+
+Augmentation is not timm's: its transforms draw from the global generators of whichever process runs them, while a batch here must be a
+pure function of seed and step on any number of processes. And they mirror any picture, whose captions must stay true (frames.may_flip).
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderDC
 
-from training.text import encoder_folders, load_text_encoder
+from training.text import encoder_folders, lazy_text_encoder
 from training.base import tile
-from training.conditions import condition_maker
+from training.conditions import condition_key, condition_maker
 from training.config import Config
 from training.balance import load_weights, row_weights
 from training.data.cache import Pixels, Reading, join_pixels, pixel_sets
@@ -42,6 +46,11 @@ class Batch:
     weight: torch.Tensor | None = None
     shelf: int = 0
     inks: np.ndarray | None = None
+
+    def split(self, count: int) -> list[Batch]:
+        """The batch in parts of at most `count` samples."""
+        cut = lambda value, start: value[start:start + count] if isinstance(value, (torch.Tensor, np.ndarray, list)) else value
+        return [Batch(*(cut(value, start) for value in vars(self).values())) for start in range(0, len(self.captions), count)]
 
 
 @dataclass
@@ -82,26 +91,22 @@ class Corpus:
             with autocast(config):
                 return self.vae.encode(x.to(device()), return_dict=False)[0].float() * self.vae.config.scaling_factor
         encode_pictures = maybe_compile(config.compile, encode_pictures)
-        encode_text = load_text_encoder(config.text_encoder, config.max_tokens)[2]
-
-        def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-            with autocast(config):
-                return encode_text(prompts)
-        cache = out / "cache"
+        cache, text_key = out / "cache", encoder_key(config)  # a text encoder that is not there is said before the pictures are read
         latents = lambda p: latent_cache(p, encode_pictures, f"{vae_key} {config.precision}", cache, config.encode_batch, vae_key)
         each = (lambda sets: [latents(p) for p in sets]) if split == "train" and not config.keep_pixels else None
         reading = reading_of(config, split, self.vae.spatial_compression_ratio)
         maker = condition_maker(config.condition, config.condition_weights)
+        condition = condition_key(config.condition, config.condition_weights)
         with main_first():
-            sets = [pixel_sets(spec, split, config.size_px, cache, config.condition, maker, reading, each) for spec, _ in sources]
-            found = [[(p, latents(p)) for p in of_source] for of_source in sets]
+            sets = [pixel_sets(spec, split, config.size_px, cache, condition, maker, reading, each) for spec, _ in sources]
             captions = [c for of_source in sets for p in of_source for cs in p.captions for c in cs]
-            self.texts: Texts = text_cache(captions + [""], encode, encoder_key(config), cache, 4 * config.encode_batch,
-                                           f"{config.text_encoder} {config.max_tokens}" if config.text_encoder == "minilm" else "")
-        balance = load_weights(config.balance) if config.balance and split == "train" else None
+            self.texts = cached_texts(captions + [""], config, text_key, cache)
+            found = [[(p, latents(p)) for p in of_source] for of_source in sets]
+        keys = {spec: [key for p in of_source for key in p.keys] for (spec, _), of_source in zip(sources, sets)}
+        balance = load_weights(config.balance, keys) if config.balance and split == "train" else {}
         by_shape: dict[tuple, list[tuple[Pixels, Latents, np.ndarray]]] = {}
         for (spec, share), of_source in zip(sources, found):
-            weights = [row_weights(p, config, balance) for p, _ in of_source]
+            weights = [row_weights(p, config, balance.get(spec)) for p, _ in of_source]
             total = np.concatenate(weights).sum()
             for (p, lat), w in zip(of_source, weights):
                 by_shape.setdefault(p.images.shape[1:], []).append((p, lat, w / total * share))
@@ -175,6 +180,16 @@ def reading_of(config: Config, split: str, multiple: int) -> Reading:
         from training.data.buckets import bucket_table
         table = bucket_table(config.size_px, multiple)
     return Reading(table, config.augment if split == "train" else 0, config.augment_crop, config.region_detector, config.cache_part_mb)
+
+
+def cached_texts(captions: list[str], config: Config, key: str, cache: Path) -> Texts:
+    """Token states of the captions. The text encoder is loaded where some are missing, and is gone when this returns."""
+    encode_text = lazy_text_encoder(config.text_encoder, config.max_tokens)
+
+    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        with autocast(config):
+            return encode_text(prompts)
+    return text_cache(captions, encode, key, cache, 4 * config.encode_batch, f"{config.text_encoder} {config.max_tokens}" if config.text_encoder == "minilm" else "")
 
 
 def encoder_key(config: Config) -> str:

@@ -6,13 +6,51 @@ HED and depth come from pretrained networks (package controlnet-aux), which are 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
 
+from sana_app.model.folder import read_json, write_json
+from training.distributed import is_main
+
 CONDITIONS = ("lines", "canny", "hed", "depth", "own")
-DETECTOR_WEIGHTS = "lllyasviel/Annotators"  # hub repository with ControlNetHED.pth and dpt_hybrid-midas-501f0c75.pt
+DETECTOR_WEIGHTS = "lllyasviel/Annotators"  # hub repository with both files
+DETECTOR_FILES = {"hed": "ControlNetHED.pth", "depth": "dpt_hybrid-midas-501f0c75.pt"}
+CONDITION_FILE = "condition.json"               # beside a ControlNet's weights: what it follows
+
+
+def write_condition(controlnet: Path, kind: str) -> None:
+    """Puts down in a ControlNet's folder what it follows. The main process writes."""
+    if is_main():
+        write_json(controlnet / CONDITION_FILE, {"condition": kind})
+
+
+def check_condition(controlnet: Path, kind: str) -> None:
+    """ValueError where the ControlNet in that folder follows something else than the recipe makes of the pictures: trained on the wrong
+    rasters it would learn to look away. A folder without the file (published, or older than it) is taken as it is."""
+    if not (controlnet / CONDITION_FILE).is_file():
+        return
+    found = read_json(controlnet / CONDITION_FILE).get("condition")
+    if found != kind:
+        raise ValueError(f"condition={kind}, but the ControlNet at {controlnet} follows {found}: --set condition={found}")
+
+
+def condition_key(kind: str, weights: str = "") -> str:
+    """The name that the pixel cache knows the condition by. Only another network than the usual one adds to it, by its content, so that
+    the caches of all other conditions keep their names."""
+    if kind not in DETECTOR_FILES or weights in ("", DETECTOR_WEIGHTS):
+        return kind
+    file = Path(weights) / DETECTOR_FILES[kind]
+    if not file.is_file():
+        return f"{kind} {weights}"  # a hub repository
+    h = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 24):
+            h.update(block)
+    return f"{kind} {h.hexdigest()[:16]}"
 
 
 def canny(image: np.ndarray) -> np.ndarray:

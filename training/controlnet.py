@@ -8,7 +8,6 @@ model's times are the teacher's.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from sana_app.model.network import TrigFlowTeacher, predict_flow
 from training import monitor
 from training.base import check_fits, frozen_dtype, load_transformer, refuse_sprint, save_folder, with_base
 from training.batches import Corpus
+from training.conditions import write_condition
 from training.config import Config
 from training.distributed import is_main, shard_model
 from training.flow import flow_loss, flow_path, resolution_shift, shifted_time
@@ -108,10 +108,9 @@ def train_controlnet(config: Config, out: Path) -> None:
         rows = [held_out.drawings(batch), held_out.decode(latents).cpu(), held_out.decode(batch.x0).cpu()]
         contact_sheet(torch.cat(rows), folder / f"preview-{step:06d}.png", 16)
         predict = lambda x_s, s, b: predict_flow(average.transformer, x_s, s, b.text, b.mask, None, average.controlnet, b.cond)
-        others = lambda x_s, s, b: predict_flow(average.transformer, x_s, s, b.text, b.mask, None, average.controlnet, b.cond.roll(1, 0))
         without = lambda x_s, s, b: predict_flow(average.transformer, x_s, s, b.text, b.mask)
         return {"val_loss": validation_loss(predict, held_out, config), "val_loss_off": validation_loss(without, held_out, config),
-                "val_loss_other": validation_loss(others, held_out, config), **monitor.check(folder, held_out, latents, config.latent_band)}
+                "val_loss_other": validation_loss(predict, held_out, config, others=True), **monitor.check(folder, held_out, latents, config.latent_band)}
 
     parts = {"pair" if joint else "controlnet": trained, **({"ema": ema} if ema else {}), "opt": opt}
     run("controlnet", out, config, config.controlnet_steps, parts, train_step, config.controlnet_batch, preview, corpus.pixels.hash)
@@ -119,5 +118,4 @@ def train_controlnet(config: Config, out: Path) -> None:
     if not joint and config.base.endswith(".pth"):
         networks["transformer"] = base
     save_folder(out / "controlnet", networks, source)
-    if is_main():
-        (out / "controlnet" / "controlnet" / "condition.json").write_text(json.dumps({"condition": config.condition}) + "\n")
+    write_condition(out / "controlnet" / "controlnet", config.condition)

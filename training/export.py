@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel, SCMScheduler
 
 from sana_app.model.controlnet import SanaSprintControlNetModel
 from sana_app.model.pipeline import SanaSprintControlNetPipeline
+from training.conditions import CONDITION_FILE
 from training.config import Config
 from training.text import load_text_encoder, settings_of
 
@@ -31,6 +33,9 @@ def export_model(config: Config, out: Path) -> None:
     pipe.noise_scale = config.noise_scale
     pipe.to("cpu", torch.float16)
     pipe.save_pretrained(out / "model")
+    about = out / "student" / "controlnet" / CONDITION_FILE
+    if about.exists():
+        shutil.copy2(about, out / "model" / "controlnet")
     SanaSprintControlNetPipeline.from_pretrained(out / "model")
     size = sum(p.stat().st_size for p in (out / "model").rglob("*") if p.is_file())
     print(f"wrote {out / 'model'}: {size / 2**20:.1f} MB")

@@ -51,7 +51,7 @@ def compare(reference: dict, latents: torch.Tensor, band: float) -> dict[str, fl
     Root mean square over the channels of (mean - reference)/std and of log(std/reference), each against `band` standard
     errors of n pictures, at least FLOOR. latents [n, C, h, w].
     """
-    wanted = {k: torch.tensor(v) for k, v in reference.items() if k != "pictures"}
+    wanted = {k: torch.tensor(reference[k]) for k in ("mean", "std", "mean_spread", "std_spread")}
     if latents.shape[1] != len(wanted["mean"]):
         raise ValueError(f"latents have {latents.shape[1]} channels, the stored reference {len(wanted['mean'])}: another autoencoder was put "
                          f"in place; use another --out, or delete {FILE} of this stage to start a new reference")
@@ -93,17 +93,19 @@ def alarm(where: str, found: dict[str, float], about: str) -> None:
 
 @torch.no_grad()
 def encode(corpus: Corpus, batch: Batch) -> torch.Tensor:
-    """The batch's pictures through the autoencoder as it is now -> unit-variance latents [B, C, h, w]."""
-    pictures = torch.from_numpy(corpus.pixels.images[batch.rows]).to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """The batch's pictures through the autoencoder as it is now, `encode_batch` at once -> unit-variance latents [B, C, h, w]."""
+    parts = torch.from_numpy(corpus.pixels.images[batch.rows]).split(corpus.config.encode_batch)
     with autocast(corpus.config):
-        return corpus.vae.encode(pictures, return_dict=False)[0].float() * corpus.vae.config.scaling_factor
+        latents = [corpus.vae.encode(part.to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1, return_dict=False)[0].float() for part in parts]
+    return torch.cat(latents) * corpus.vae.config.scaling_factor
 
 
 def check(folder: Path, corpus: Corpus, samples: torch.Tensor | None = None, band: float = 4.0, count: int = 16) -> dict[str, float]:
     """Numbers for a preview: `count` fixed pictures encoded anew, and the preview's `samples`, against the reference.
 
     The reference (FOLDER/latents.json) is made of the corpus' latents at the first check of a run, and stays. Encoded latents
-    must never leave the band. Samples come from outside, as training begins: theirs is an alarm once they have been inside.
+    must never leave the band. Samples come from outside, as training begins: theirs is an alarm once they have been inside, told when
+    they leave and not again before they are back: a one-step student may rightly end at the band's edge. No alarm stops a run.
     """
     stored = reference(folder, corpus.latents.images)
     found = {f"latent_{k}": v for k, v in compare(stored, encode(corpus, corpus.fixed(count)), band).items()}
@@ -111,11 +113,13 @@ def check(folder: Path, corpus: Corpus, samples: torch.Tensor | None = None, ban
         alarm(folder.name, {k.removeprefix("latent_"): v for k, v in found.items()}, "encoded")
     if samples is not None:
         drawn = compare(stored, samples, band)
-        if drawn["alarm"] and stored.get("samples_were_inside"):
-            alarm(folder.name, drawn, "sampled")
-        elif drawn["alarm"]:
+        inside, were_inside = not drawn["alarm"], stored.get("samples_were_inside", False)
+        if not were_inside:
             drawn["alarm"] = 0.0
-        elif not stored.get("samples_were_inside") and is_main():
-            _store(folder / FILE, stored | {"samples_were_inside": True})
+        elif not inside and not stored.get("samples_left", False):
+            alarm(folder.name, drawn, "sampled")
+        known = stored | {"samples_were_inside": were_inside or inside, "samples_left": were_inside and not inside}
+        if known != stored and is_main():
+            _store(folder / FILE, known)
         found |= {f"sample_{k}": v for k, v in drawn.items()}
     return {k: v for k, v in found.items() if not k.endswith("_channel")}

@@ -20,6 +20,7 @@ from sana_app.model.convert import sprint_from_teacher
 from sana_app.model.folder import read_json
 from sana_app.model.network import TrigFlowTeacher
 from training.base import frozen_dtype, load_part, load_transformer, save_folder, with_base
+from training.conditions import check_condition, write_condition
 from training.config import Config
 from training.loop import device
 
@@ -47,8 +48,10 @@ def find_folders(config: Config, out: Path) -> tuple[Path, Path | None]:
 
 
 def with_folders(config: Config, out: Path) -> Config:
-    """`config` with `vae` and `text_encoder` of the Sprint folder, or of the teacher's."""
+    """`config` with `vae` and `text_encoder` of the Sprint folder, or of the teacher's. ValueError where its condition is not the teacher's."""
     teacher, sprint = find_folders(config, out)
+    if config.student_controlnet:
+        check_condition(teacher / "controlnet", config.condition)
     return with_base(dataclasses.replace(config, base=str(sprint or teacher)), out)
 
 
@@ -105,6 +108,8 @@ def trained_networks(config: Config, student: TrigFlowTeacher) -> dict[str, Mode
 def save_jump(config: Config, out: Path, average: TrigFlowTeacher) -> None:
     """Writes OUT/jump: what the jump stage trained."""
     save_folder(out / "jump", trained_networks(config, average))
+    if config.student_controlnet:
+        write_condition(out / "jump" / "controlnet", config.condition)
 
 
 def load_jump(config: Config, out: Path, student: TrigFlowTeacher) -> None:
@@ -112,6 +117,8 @@ def load_jump(config: Config, out: Path, student: TrigFlowTeacher) -> None:
     for name, network in trained_networks(config, student).items() if config.jump_paths else ():
         if not (out / "jump" / name / "config.json").is_file():
             raise ValueError(f"no {name} at {out / 'jump'}: run the jump stage first, or set jump_paths=0 to start as the teacher")
+        if name == "controlnet":
+            check_condition(out / "jump" / name, config.condition)
         network.load_state_dict(load_part(out / "jump" / name, type(network)).state_dict())
 
 
@@ -124,3 +131,5 @@ def save_student(config: Config, out: Path, average: TrigFlowTeacher) -> None:
         networks["scheduler"] = SCMScheduler()
         index = {"_class_name": "SanaSprintPipeline", "scheduler": ["diffusers", "SCMScheduler"]}
     save_folder(out / "student", networks, sprint_at or teacher_at, drop=("controlnet",), index=index)
+    if config.student_controlnet:
+        write_condition(out / "student" / "controlnet", config.condition)

@@ -5,6 +5,7 @@ From nothing, in the recipe's shape; or, with `base`, from a published SANA chec
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -43,13 +44,17 @@ def latent_shape(config: Config, corpus: Corpus) -> tuple[int, int, int]:
     return vae.config.latent_channels, config.size_px // vae.spatial_compression_ratio, corpus.texts.states.shape[1]
 
 
-def validation_loss(predict, corpus: Corpus, config: Config) -> float:
-    """Mean flow loss on 64 fixed held-out samples at fixed times and noises. `predict(x_s, s, batch)` -> v."""
+def validation_loss(predict, corpus: Corpus, config: Config, others: bool = False) -> float:
+    """Mean flow loss on 64 fixed held-out samples at fixed times and noises, `encode_batch` at once. `predict(x_s, s, batch)` -> v.
+    `others`: each with another picture's condition."""
     batch, draws = corpus.fixed(64), Draws(1234, 0)
+    if others:
+        batch = dataclasses.replace(batch, cond=batch.cond.roll(1, 0))
     z = draws.normal(*batch.x0.shape)
     s = torch.linspace(0.05, 1.0, len(z), device=z.device)
+    parts = zip(batch.split(config.encode_batch), z.split(config.encode_batch), s.split(config.encode_batch))
     with torch.no_grad(), autocast(config):
-        return float(flow_loss(predict(flow_path(batch.x0, z, s), s, batch), batch.x0, z).mean())
+        return float(torch.cat([flow_loss(predict(flow_path(b.x0, z, s), s, b), b.x0, z) for b, z, s in parts]).mean())
 
 
 def train_flow(name: str, model: SanaTransformer2DModel, config: Config, out: Path, corpus: Corpus, held_out: Corpus,

@@ -62,3 +62,15 @@ def load_text_encoder(name: str, max_tokens: int) -> tuple[object, torch.nn.Modu
     except (SafetensorError, OSError) as error:
         raise ValueError(f"the text encoder at {weights_folder} is damaged or cut short ({error}): copy or save it again") from error
     return tokenizer, model, prompt_encoder(tokenizer, model, settings_of(name, model, max_tokens))
+
+
+def lazy_text_encoder(name: str, max_tokens: int) -> Callable:
+    """`encode` of load_text_encoder, which is loaded for the first prompts only: a full cache needs none of its gigabytes (Gemma-2: 10 in
+    float32). It goes with the last reference to it."""
+    loaded: list[Callable] = []
+
+    def encode(prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        if not loaded:
+            loaded.append(load_text_encoder(name, max_tokens)[2])
+        return loaded[0](prompts)
+    return encode

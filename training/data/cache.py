@@ -216,7 +216,8 @@ def _load(paths: list[Path], key: str) -> list[Pixels]:
 
 def pixel_sets(source: str, split: str, size: int, cache: Path, condition: str = "lines", conditions: Conditions | None = None,
                reading: Reading = Reading(), each: Callable[[list[Pixels]], None] | None = None) -> list[Pixels]:
-    """All pictures of one data set and split, by shape: of `size` px, or in buckets of about size².
+    """All pictures of one data set and split, by shape: of `size` px, or in buckets of about size². `condition` names what `conditions`
+    makes, down to its network (conditions.condition_key).
 
     `each` sees every part as it is built; where it is given, the decoded pictures of the part are dropped after it.
     """
