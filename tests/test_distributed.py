@@ -14,7 +14,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 
 from toy_stage import work
-from training.config import Config
+from training.config import Config, load_config
 from training.distributed import refuse_fsdp
 from training.loop import Draws, local_batch
 
@@ -22,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 TOY = str(ROOT / "tests" / "toy_stage.py")
 
 
-def run_on_two(*jobs: str) -> None:
-    """The toy stage, job after job (OUT[,key=value,...]), in two processes as a launcher starts them."""
+def start_two(*jobs: str) -> tuple[list[int], list[str]]:
+    """The toy stage, job after job (OUT[,key=value,...]), in two processes as a launcher starts them, which ends the other when one has failed:
+    -> their exit codes and what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -32,14 +33,20 @@ def run_on_two(*jobs: str) -> None:
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         started.append(subprocess.Popen([sys.executable, TOY, *jobs], env=env, cwd=ROOT, stdout=said[rank], stderr=said[rank]))
-    while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
+    end = time.monotonic() + 300  # far more than it takes, where nobody waits for ever
+    while any(p.poll() is None for p in started) and not any(p.poll() for p in started) and time.monotonic() < end:
         time.sleep(0.05)
     for process in started:  # where one has failed the other would wait for it for ever
         process.kill()
         process.wait()
     for file in said:
         file.seek(0)
-    assert [p.returncode for p in started] == [0, 0], "\n".join(file.read()[-3000:] for file in said)
+    return [p.returncode for p in started], [file.read() for file in said]
+
+
+def run_on_two(*jobs: str) -> None:
+    codes, said = start_two(*jobs)
+    assert codes == [0, 0], "\n".join(s[-3000:] for s in said)
 
 
 def state(out: Path, step: int) -> dict:
@@ -116,6 +123,40 @@ def test_the_processes_draw_one_batch_together():
     assert torch.equal(Draws(3, 7).normal(8, 2), torch.cat([d.normal(2, 2) for d in micro]))
 
 
+@pytest.mark.parametrize("rank, world", [(0, 1), (1, 3)])
+def test_micro_batches_share_one_draw_of_the_bits_that_each_drew_for_itself(monkeypatch, rank, world):
+    """As each micro-batch did it: its own generator draws the numbers of the whole batch, of which it keeps its rows."""
+    count, rows, drawn = 4, 3, []
+    real = torch.randn
+    parts = Draws(5, 9, rank, world).parts(count)
+    monkeypatch.setattr(torch, "randn", lambda *shape, **how: (drawn.append(shape), real(*shape, **how))[1])
+    found = [(part.normal(rows, 2, 5), part.uniform(rows), part.normal(rows)) for part in parts]
+    assert drawn == [(rows * count * world, 2, 5), (rows * count * world,)]
+    for i, (a, b, c) in enumerate(found):
+        alone = Draws(5, 9, rank * count + i, world * count)
+        assert torch.equal(a, alone.normal(rows, 2, 5)) and torch.equal(b, alone.uniform(rows)) and torch.equal(c, alone.normal(rows))
+        assert a.untyped_storage().nbytes() == a.nbytes  # no view that would keep the whole
+    assert not parts[0].shared.waiting
+
+
+def test_micro_batches_that_do_not_draw_alike_are_noticed():
+    first, second = Draws(0, 0).parts(2)
+    first.normal(2, 3)
+    with pytest.raises(AssertionError, match="draw alike"):
+        second.normal(2, 4)
+
+
+@pytest.mark.parametrize("sets", ["", ",fsdp=true"])
+def test_out_of_memory_on_one_process_is_said_and_stops_both(tmp_path, sets):
+    """The trial that counts activations would have to be run by both: the other one is in the step itself."""
+    codes, said = start_two(f"{tmp_path / 'out'}{sets},hungry=1")
+    assert codes[1] not in (0, None) and codes[0] != 0
+    assert "out of memory at step 1" in said[1] and "activations unknown: not tried with several processes" in said[1], said[1][-3000:]
+    helps = said[1].split("What would help (--set):\n")[1].splitlines()[:3]
+    assert [h.removeprefix("[rank1]:").split("=")[0].strip() for h in helps] == ["micro_batches", "optimizer", "precision" if sets else "fsdp"]
+    assert [p.name for p in (tmp_path / "out" / "toy" / "checkpoints").glob("*.pt")] == ["step-0000001.pt"]  # the other has not made the step
+
+
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="cannot be shared evenly by 1 processes with micro_batches=3"):
         local_batch(8, Config(micro_batches=3))
@@ -128,15 +169,15 @@ def test_the_students_stage_refuses_fsdp_and_says_what_works(tmp_path):
     refuse_fsdp(Config(), "")
 
 
-@pytest.mark.slow
 def test_the_student_on_two_processes_has_the_gradients_of_one(tmp_path):
-    """The real stage from the command line, one step of the student and one of its discriminator."""
+    """The real stage from torchrun's command line, one step of the student and one of its discriminator."""
     from test_dry_run import SIZES, start_folder
+    from training.student import train_student
     start_folder(tmp_path / "one")
-    sets = [f"--set={s}" for s in [*SIZES, "student_batch=8", "student_steps=2"]]
-    arguments = ["-m", "training", "student", "--recipe", "tiny-cpu", *sets]
+    sets = [*SIZES, "student_batch=8", "student_steps=2", "tracker=none"]
+    train_student(load_config("tiny-cpu", sets), tmp_path / "one")
+    arguments = ["-m", "training", "student", "--recipe", "tiny-cpu", *(f"--set={s}" for s in sets)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *arguments, "--out", str(tmp_path / "one")], cwd=ROOT, env=environment, check=True)
     shutil.copytree(tmp_path / "one", tmp_path / "two", ignore=shutil.ignore_patterns("student"))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([sys.executable, *launch, *arguments, "--out", str(tmp_path / "two")], cwd=ROOT, env=environment, check=True)

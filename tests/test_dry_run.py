@@ -138,6 +138,19 @@ def test_the_standing_memory_is_that_of_the_tensors():
     assert held["optimiser"] * GIB == pytest.approx(kept)
 
 
+def test_what_lies_in_memory_beside_the_step_is_counted(tmp_path, capsys):
+    small = Small(dry_run=True)
+
+    def gib(kind: str) -> float:
+        with pytest.raises(Looked):
+            run("small", tmp_path, small.config, 3, small.parts, small.train_step, 8)
+        return float(re.search(rf"\n  {kind} +([\d.]+)", capsys.readouterr().out)[1])
+    before = gib("networks not called")
+    autoencoder = torch.nn.Linear(4096, 2048).requires_grad_(False)  # 32 MiB, which previews will want
+    assert gib("networks not called") - before == pytest.approx(0.031, abs=0.0011) and autoencoder is not None
+    assert 0.05 < gib("most until now") < 100
+
+
 def test_run_looks_instead_of_training(tmp_path, capsys):
     small = Small(dry_run=True)
     with pytest.raises(Looked):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import hash_file, load_checkpoint, save_checkpoint
 from training.config import RECIPES, Config, load_config
 from training.loop import Draws, run
 from training.optim import Ema, adamw, apply_gradients, learning_rate
@@ -97,6 +98,72 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_flipped_bit_falls_back_to_the_one_before(tmp_path):
+    """In the data of a tensor, where the archive itself has no check that torch.load reads."""
+    model = torch.nn.Linear(100, 100)
+    for step in (1, 2):
+        torch.nn.init.constant_(model.weight, step)
+        save_checkpoint(tmp_path, step, {"model": model})
+    newest = tmp_path / "step-0000002.pt"
+    content = bytearray(newest.read_bytes())
+    content[content.index(torch.full((8,), 2.0).numpy().tobytes()) + 3] ^= 1
+    newest.write_bytes(content)
+    assert not torch.equal(torch.load(newest, weights_only=True)["parts"]["model"]["weight"], model.weight)  # torch takes it
+    assert load_checkpoint(tmp_path, {"model": model}) == 1 and float(model.weight[0, 0]) == 1
+
+
+def test_a_checkpoint_from_before_there_were_hashes_loads(tmp_path):
+    model = torch.nn.Linear(3, 3)
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, {"model": model})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-000000{i}.pt{end}" for i in (2, 3) for end in ("", ".sha256")]
+    hash_file(tmp_path / "step-0000003.pt").unlink()
+    assert load_checkpoint(tmp_path, {"model": model}) == 3
+
+
+def begin(folder: Path, steps: int, seed: int = 0, data: str = "one", code: str = "a", **settings) -> None:
+    """A run of the line model with these settings, as `run` records it."""
+    line = Line(folder, steps)
+    line.config = Config(preview_steps=0, save_minutes=0.0, tracker="none", seed=seed, data=data, **settings)
+    run("line", folder, line.config, steps, {"model": line.model, "ema": line.ema, "opt": line.opt}, line.train_step, 8, data_hash=data)
+
+
+def test_a_run_that_goes_on_with_another_seed_or_other_data_is_refused(tmp_path):
+    begin(tmp_path, 2)
+    before = (tmp_path / "line" / "run.json").read_bytes()
+    for changed, said in ((dict(seed=7), "begun with seed=0, now 7: use another --out, or delete that folder"), (dict(data="two"), "data one .hash one.*now two .hash two")):
+        with pytest.raises(ValueError, match=said):
+            begin(tmp_path, 4, **changed)
+    assert (tmp_path / "line" / "run.json").read_bytes() == before  # what it was begun with is not forgotten
+    begin(tmp_path, 4)
+    shutil.rmtree(tmp_path / "line" / "checkpoints")  # nothing to go on from: a new run
+    begin(tmp_path, 2, seed=7, data="two")
+
+
+def test_changed_settings_are_named_and_earlier_starts_kept(tmp_path, capsys):
+    begin(tmp_path, 2)
+    begin(tmp_path, 4, teacher_lr=1e-4, student_steps=50, guidance=(3.0,))
+    assert "line: goes on from step 2 with other settings: teacher_lr 0.001 -> 0.0001, student_steps 1000 -> 50, guidance [4.0, 4.5, 5.0] -> [3.0]\n" in capsys.readouterr().out
+    begin(tmp_path, 6, teacher_lr=1e-4, student_steps=50, guidance=(3.0,))
+    begin(tmp_path, 8)
+    about = json.loads((tmp_path / "line" / "run.json").read_text())
+    assert [(a["step"], a["config"]["teacher_lr"]) for a in [*about["earlier"], about]] == [(0, 1e-3), (2, 1e-4), (6, 1e-3)]
+    assert all({"config", "code", "data", "processes"} <= set(a) for a in about["earlier"])
+
+
+@pytest.mark.parametrize("old", ['{"config": {"seed": 0, "no_longer": 1}, "code": "x", "data": "one"}', "{half a fi", None])
+def test_a_folder_of_an_earlier_layout_goes_on(tmp_path, capsys, old):
+    begin(tmp_path, 2)
+    capsys.readouterr()
+    path = tmp_path / "line" / "run.json"
+    path.unlink()
+    if old:
+        path.write_text(old)
+    begin(tmp_path, 4)
+    about = json.loads(path.read_text())
+    assert about["data"] == "one" and about["step"] == 2 and len(about["earlier"]) == (old is not None and old.endswith("}"))
+
+
 def test_a_checkpoint_of_another_shape_is_refused_with_words(tmp_path):
     save_checkpoint(tmp_path, 1, {"model": torch.nn.Linear(3, 3)})
     with pytest.raises(ValueError, match="does not fit this configuration"):
@@ -161,6 +228,7 @@ def test_the_whole_chain_makes_a_model_that_the_pipeline_draws_with(tmp_path):
     assert picture.shape == (1, 3, 64, 64) and torch.isfinite(picture).all()
     assert all((tmp_path / stage / "run.json").exists() for stage in ("autoencoder", "teacher", "controlnet", "jump", "student", "decoder"))
     assert list((tmp_path / "student").glob("preview-*.png"))
+    assert json.loads((tmp_path / "model" / "controlnet" / "condition.json").read_text()) == {"condition": "lines"}
     assert json.loads((tmp_path / "model" / "metrics.json").read_text())["count"] == 10
     # a second run finds everything done
     again = chain(tmp_path)

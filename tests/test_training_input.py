@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from layouts import build_small_folder, tiny_vae
 
+from training.__main__ import run_stage
 from training.base import report_changes
 from training.batches import Corpus
 from training.config import Config, load_config
@@ -16,10 +17,30 @@ SAMPLE = Path(__file__).parent.parent / "assets" / "sample"
 
 
 @pytest.mark.parametrize("bad, said", [("precision=fp16", "wanted bf16 or fp32"), ("teacher_batch=0", "wanted 1 or more"), ("finetune_steps=-1", "wanted 0 or more"),
-                                       ("bsae=x", "did you mean base?"), ("teacher_steps=ten", "--set teacher_steps: 'ten'")])
+                                       ("bsae=x", "did you mean base?"), ("teacher_steps=ten", "--set teacher_steps: 'ten'"),
+                                       ("guidance=", "guidance: wanted at least one value"), ("guidance=4,nan", "guidance=nan: wanted a finite"),
+                                       ("teacher_lr=nan", "teacher_lr=nan: wanted a finite"), ("student_lr=-1", "student_lr=-1.0: wanted 0 or more"),
+                                       ("lr_norms=inf", "lr_norms=inf: wanted a finite"), ("caption_dropout=-1", "caption_dropout=-1.0: wanted 0 to 1"),
+                                       ("ema=1.5", "ema=1.5: wanted 0 to 1"), ("jump_path_steps=0", "jump_path_steps=0: wanted 1 or more"), ("seed=-1", "seed=-1: wanted 0"),
+                                       ("teacher_clip=0", "teacher_clip=0.0: wanted more than 0"),
+                                       ("optimizer=adamww", "optimizer='adamww': wanted adamw, adamw8bit or came"), ("tracker=tensorbord", "tracker='tensorbord': wanted")])
 def test_a_value_no_run_can_have_is_named(bad, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         load_config("tiny-cpu", [bad])
+
+
+@pytest.mark.parametrize("good", ["tracker=wandb", "tracker=none", "save_minutes=inf", "teacher_clip=inf", "ema=0", "swap_lr=0", "lr_final=1"])
+def test_an_unusual_value_that_a_run_can_have_is_taken(good):
+    load_config("tiny-cpu", [good])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_before_the_data_are_read(tmp_path):
+    config = load_config("tiny-cpu", ["micro_batches=7", "data=nowhere"])
+    for stage in ("autoencoder", "teacher", "controlnet", "jump", "student", "lora", "finetune"):
+        with pytest.raises(ValueError, match="cannot be shared evenly by 1 processes with micro_batches=7"):
+            run_stage(stage, config, tmp_path, False)
+    assert not list(tmp_path.iterdir())
+    run_stage("jump", load_config("tiny-cpu", ["micro_batches=7", "jump_paths=0"]), tmp_path, False)  # there is no such stage
 
 
 @pytest.fixture(scope="module")

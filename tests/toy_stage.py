@@ -3,7 +3,7 @@
     python tests/toy_stage.py OUT[,key=value,...] ... [--steps 5] [--model sana|line]     (RANK, WORLD_SIZE, ... as a launcher sets them)
     python tests/toy_stage.py --serve ...      the same, one run for each line of the standard input, in a process forked from this one
 
-Beside the settings of a recipe: poisoned=1 (train_toy), halt=N and halt_writing=N: in step N, or half way through writing the checkpoint
+Beside the settings of a recipe: steps=N, poisoned=1 and hungry=1 (train_toy), halt=N and halt_writing=N: in step N, or half way through writing the checkpoint
 of N steps, the run makes a file OUT/halted and stands still until that is gone; a test need not guess how fast this machine is.
 """
 
@@ -67,8 +67,8 @@ def halt_writing(out: Path, step: int) -> None:
     checkpoint.write_atomic = half
 
 
-def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisoned: bool = False, halt_at: int = -1) -> torch.nn.Module:
-    """`poisoned`: in step 1 the last process finds a gradient that is not a number."""
+def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisoned: bool = False, halt_at: int = -1, hungry: bool = False) -> torch.nn.Module:
+    """`poisoned`: in step 1 the last process finds a gradient that is not a number; `hungry`: it runs out of memory, its gradients half made."""
     torch.manual_seed(0)
     model = tiny_sana() if kind == "sana" else torch.nn.Linear(500, 500)
     if config.checkpointing:
@@ -93,7 +93,10 @@ def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisone
                 loss = (model(x) - x.flip(1)).square().mean() / config.micro_batches
             loss.backward()
             total += loss.item()
-        if poisoned and step == 1 and distributed.rank() == distributed.world() - 1:
+        chosen = step == 1 and distributed.rank() == distributed.world() - 1
+        if hungry and chosen:
+            raise torch.OutOfMemoryError("no more memory on this process")
+        if poisoned and chosen:
             next(model.parameters()).grad.fill_(math.nan)
         numbers = apply_gradients(opt, step, steps, 1.0, config, total)
         ema.update(model, step)
@@ -106,11 +109,11 @@ def train_toy(config: Config, out: Path, steps: int, kind: str = "sana", poisone
 def work(job: str, steps: int, kind: str) -> None:
     """One run. `job`: OUT[,key=value,...]"""
     out, *sets = job.split(",")
-    own = {name: int(value) for name, value in (s.split("=") for s in sets) if name in ("poisoned", "halt", "halt_writing")}
+    own = {name: int(value) for name, value in (s.split("=") for s in sets) if name in ("poisoned", "hungry", "halt", "halt_writing", "steps")}
     config = load_config("tiny-cpu", [*SETTINGS, *(s for s in sets if s.split("=")[0] not in own)])
     if "halt_writing" in own:
         halt_writing(Path(out), own["halt_writing"])
-    averaged = train_toy(config, Path(out), steps, kind, "poisoned" in own, own.get("halt", -1))
+    averaged = train_toy(config, Path(out), own.get("steps", steps), kind, "poisoned" in own, own.get("halt", -1), "hungry" in own)
     if kind == "sana":
         distributed.save_model(averaged, Path(out) / "model")
 

@@ -10,6 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from training.checkpoint import newest_step
 from training.config import RECIPES, Config, load_config
 from training.distributed import finish, is_main, start
 from training.dry_run import Looked, print_config
@@ -29,6 +30,8 @@ STAGES = {
     "swap": ("training.swap", "train_swap"),
 }
 CHAIN = ("autoencoder", "teacher", "controlnet", "jump", "student", "decoder", "export", "evaluate")  # what "all" runs, in this order
+# the samples a step of a stage that opens the data before it shares them out; swap may need no step at all
+BATCHES = {"autoencoder": "ae_batch"} | {stage: f"{stage}_batch" for stage in ("teacher", "controlnet", "jump", "student", "lora", "finetune")}
 
 
 def main() -> None:
@@ -63,7 +66,11 @@ def run_stage(stage: str, config: Config, out: Path, dry_all: bool) -> None:
     if config.dry_run and stage in ("export", "evaluate"):
         print({"export": "export: trains nothing; puts the stages' results together in OUT/model", "evaluate": "evaluate: trains nothing; measures OUT/model"}[stage])
         return
+    begun = newest_step(out / stage / "checkpoints") or stage == "jump" and not config.jump_paths
     try:
+        if stage in BATCHES and not begun:
+            from training.loop import local_batch
+            local_batch(getattr(config, BATCHES[stage]), config)  # refuses what cannot be shared out before the data are read
         getattr(importlib.import_module(module), function)(config, out)
     except Looked:
         pass

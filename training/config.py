@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 
 from training.recipes import RECIPES
+
+OPTIMIZERS = ("adamw", "adamw8bit", "came")
 
 
 @dataclass(frozen=True)
@@ -187,11 +190,49 @@ def load_config(recipe: str, overrides: list[str] = ()) -> Config:
     return config
 
 
+# lowest and highest value of fields whose names do not say it (check_ranges)
+SHARES = ("caption_dropout", "augment_crop", "ae_crop_share", "ae_lines_share", "ae_adv_start", "controlnet_no_lines", "controlnet_weak_share", "lora_lines",
+          "ladd_t_max_share", "ema", "lr_final")
+RANGES = {key: (0, 1) for key in SHARES} | {"seed": (0, 2 ** 63 - 1), "save_minutes": (0, math.inf)} | {
+    key: (1, math.inf) for key in ("micro_batches", "size_px", "max_tokens", "jump_path_steps", "cache_part_mb", "heads", "cross_heads", "layers", "controlnet_layers",
+                                   "ae_latent_channels", "evaluate_count")} | {
+    key: (0, math.inf) for key in ("augment", "vae_tiling", "lora_rank", "lora_prior_images", "jump_paths", "scm_warmup", "scm_std", "ae_latent_noise")}
+
+
+def limits(key: str) -> tuple[float, float]:
+    """(lowest, highest) value of field `key`."""
+    if key in RANGES:
+        return RANGES[key]
+    if key.endswith("_batch"):
+        return 1, math.inf
+    if key.endswith(("_steps", "_lr", "_weight", "_clip")) or key.startswith("lr_"):
+        return 0, math.inf
+    return -math.inf, math.inf
+
+
 def check_ranges(config: Config) -> None:
-    """ValueError names a value that no run can have."""
-    if config.precision not in ("bf16", "fp32"):
-        raise ValueError(f"precision={config.precision!r}: wanted bf16 or fp32")
+    """ValueError names a value that no run can have: said at once, not when the pictures have been encoded for hours."""
+    for key, known in (("precision", ("bf16", "fp32")), ("optimizer", OPTIMIZERS), ("tracker", known_trackers(config.tracker))):
+        if getattr(config, key) not in known:
+            raise ValueError(f"{key}={getattr(config, key)!r}: wanted {', '.join(known[:-1])} or {known[-1]}")
     for key, value in dataclasses.asdict(config).items():
-        least = 1 if key.endswith("_batch") or key in ("micro_batches", "size_px", "max_tokens") else 0 if key.endswith("_steps") else None
-        if least is not None and value < least:
-            raise ValueError(f"{key}={value}: wanted {least} or more")
+        if isinstance(value, tuple) and not value:
+            raise ValueError(f"{key}: wanted at least one value")
+        low, high = limits(key)
+        for number in value if isinstance(value, tuple) else [value]:
+            if not isinstance(number, (int, float)):
+                continue
+            # only a time between checkpoints, and a norm that is never reached, can be without end
+            if not math.isfinite(number) and not (number == math.inf and (key == "save_minutes" or key.endswith("_clip"))):
+                raise ValueError(f"{key}={number}: wanted a finite number")
+            if not low <= number <= high or key.endswith("_clip") and number == 0:
+                raise ValueError(f"{key}={number}: wanted {'more than 0' if key.endswith('_clip') else f'{low} or more' if high == math.inf else f'{low} to {high}'}")
+
+
+def known_trackers(wanted: str) -> tuple[str, ...]:
+    """Names that `tracker` can have. accelerate, which knows them, is slow to import: it is asked about unusual ones only."""
+    usual = ("tensorboard", "none")
+    if wanted in usual:
+        return usual
+    from accelerate.utils import LoggerType
+    return tuple(dict.fromkeys((*(str(name) for name in LoggerType), *usual)))

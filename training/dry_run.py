@@ -7,6 +7,7 @@ machine whose memory holds their weights.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 
 from training.checkpoint import newest_step
 from training.config import Config
-from training.distributed import is_main, world
-from training.memory import GIB, checkpointed_gib, standing_gib, try_step
+from training.distributed import device, is_main, world
+from training.memory import GIB, checkpointed_gib, peak_gib, standing_gib, try_step
 
 
 class Looked(Exception):
@@ -39,6 +40,15 @@ def count_numbers(module: torch.nn.Module, trained: set[int]) -> tuple[int, int]
     return counts[0], counts[1]
 
 
+def living_parameters() -> dict[int, torch.nn.Parameter]:
+    """All parameters that lie in the memory of this process's device: what a stage holds beside its step (the autoencoder, for the
+    previews) no list names."""
+    gc.collect()
+    # by type(): isinstance() would wake the lazy objects that some libraries leave about
+    found = [o for o in gc.get_objects() if issubclass(type(o), torch.nn.Parameter)]
+    return {id(p): p for p in found if p.device.type == device().type}
+
+
 def look(name: str, out: Path, config: Config, steps: int, parts: dict, train_step: Callable, draws: object, batch: int) -> None:
     """Prints what stage `name` would do, then raises `Looked`. `draws`: those of the first step, `batch`: samples a step."""
     lines = [f"{name}: step {newest_step(out / name / 'checkpoints')} to {steps}, {batch} samples a step = {world()} process(es) × {config.micro_batches} "
@@ -52,15 +62,19 @@ def look(name: str, out: Path, config: Config, steps: int, parts: dict, train_st
                       + [(f"  .{child}", count_numbers(m, trained)) for child, m in part.named_children() if sum(count_numbers(m, trained))]]
     for opt in optimisers:
         lines += [f"{type(opt).__name__}: " + ", ".join(f"{sum(p.numel() for p in g['params']):,} numbers at {g.get('peak', g['lr']):g}" for g in opt.param_groups)]
+    living, until_now = living_parameters(), peak_gib()
     trial = try_step(train_step, 0, draws)
     held = standing_gib(parts, config)
     known = {id(p) for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()}
     others = {id(p): p.numel() * p.element_size() for network in trial.networks for p in network.parameters() if id(p) not in known}
     held["other networks called"] = sum(others.values()) / GIB
+    idle = [p for p in living.values() if id(p) not in known | others.keys()]
+    held["networks not called"] = sum(p.numel() * p.element_size() for p in idle) / GIB
     held["activations"] = trial.activations / GIB
     lines += ["", f"memory of a process, GiB{' (shared by FSDP2)' if config.fsdp and world() > 1 else ''}"]
     lines += [f"  {kind:24}{size:10.3f}" for kind, size in held.items()]
     lines += [f"  {'together, roughly':24}{sum(held.values()):10.3f}"]
+    lines += [f"  {'most until now':24}{until_now:10.3f}   measured: the whole program, text encoder and encoding of the data included"]
     checkpointed = checkpointed_gib(trial, train_step, 0, draws)
     if checkpointed is not None:
         lines += [f"  with checkpointing=true the activations would be {checkpointed:.3f}"]

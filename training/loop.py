@@ -7,7 +7,6 @@ was killed and started again goes through the very same numbers as one that neve
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import signal
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from training.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from training.checkpoint import load_checkpoint, newest_step, record_start, save_checkpoint
 from training.config import Config
 from training.distributed import agreed, barrier, copy_from_main, device, is_main, is_sharded, mean_numbers, rank, world
 from training.dry_run import look
@@ -47,6 +46,27 @@ def maybe_compile(wanted: bool, function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+class SharedDraws:
+    """The torch draws of one step's micro-batches: the whole batch's numbers, drawn once and not once a micro-batch, of which there may
+    be 64. Kept are the rows that the `count` micro-batches of this process have yet to read; each is handed out once.
+    """
+
+    def __init__(self, first: Draws, count: int):
+        self.first, self.count = first, count                    # the draws of this process's first micro-batch, whose generator draws for all
+        self.asked: list[tuple] = []                             # what was drawn: function, rows a micro-batch, shape
+        self.waiting: dict[tuple[int, int], torch.Tensor] = {}   # (number of the draw, micro-batch) -> its rows
+
+    def take(self, part: int, number: int, function: Callable, rows: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The rows of micro-batch `part` of draw `number`, which the first that comes to it makes."""
+        if number == len(self.asked):
+            self.asked.append((function, rows, shape))
+            whole = function(rows * self.first.world, *shape, generator=self.first.torch)
+            own = whole[self.first.mine(rows).start:][:rows * self.count]
+            self.waiting |= {(number, i): piece.clone() for i, piece in enumerate(own.split(rows))}  # clones: a view would keep the whole
+        assert self.asked[number] == (function, rows, shape), f"micro-batches of a step draw alike, not {shape} after {self.asked[number][2]}"
+        return self.waiting.pop((number, part))
+
+
 class Draws:
     """Random numbers of one step, on the CPU and in a fixed order, whatever the device: Draws(seed, step).
 
@@ -58,20 +78,33 @@ class Draws:
         self.seed, self.step, self.rank, self.world = seed, step, rank, world
         self.numpy = np.random.default_rng((seed, step))
         self.torch = torch.Generator().manual_seed(int(self.numpy.integers(1 << 62)))
+        self.shared: SharedDraws | None = None
+        self.number = 0  # of draws taken from `shared`
 
     def mine(self, count: int) -> slice:
         """The rows of the whole batch's `count * world` that this process works on."""
         return slice(self.rank * count, (self.rank + 1) * count)
 
     def normal(self, count: int, *shape: int) -> torch.Tensor:
-        return torch.randn(count * self.world, *shape, generator=self.torch)[self.mine(count)].to(device())
+        return self._draw(torch.randn, count, shape)
 
     def uniform(self, count: int, *shape: int) -> torch.Tensor:
-        return torch.rand(count * self.world, *shape, generator=self.torch)[self.mine(count)].to(device())
+        return self._draw(torch.rand, count, shape)
+
+    def _draw(self, function: Callable, count: int, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.shared is None:
+            return function(count * self.world, *shape, generator=self.torch)[self.mine(count)].to(device())
+        self.number += 1
+        return self.shared.take(self.rank - self.shared.first.rank, self.number - 1, function, count, shape).to(device())
 
     def parts(self, count: int) -> list[Draws]:
         """Draws of the `count` micro-batches of this step: together they give the batch that one alone would."""
-        return [Draws(self.seed, self.step, self.rank * count + i, self.world * count) for i in range(count)]
+        found = [Draws(self.seed, self.step, self.rank * count + i, self.world * count) for i in range(count)]
+        if count > 1:
+            shared = SharedDraws(found[0], count)
+            for draws in found:
+                draws.shared = shared
+        return found
 
 
 def local_batch(batch: int, config: Config) -> int:
@@ -102,21 +135,21 @@ class Tally:
 
 
 def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_step: Callable[[int, Draws], dict[str, float]],
-        images_per_step: int, preview: Callable[[int, Path], dict[str, float]] | None = None, data_hash: str = "") -> None:
+        images_per_step: int, preview: Callable[[int, Path], dict[str, float]] | None = None, data_hash: str = "", turns: int = 1) -> None:
     """Runs `train_step` up to `steps`, resuming from what OUT/NAME holds. A dry run looks at one step and raises `Looked`.
 
     `parts` (name -> object with state_dict) is all that changes: weights, averages, optimisers.
     `preview(step, folder)` writes contact sheets and returns validation numbers; it runs in the main process, and with FSDP2 in
     all of them, the others with a folder that is thrown away.
-    `images_per_step` counts those of all processes.
+    `images_per_step` counts those of all processes. `data_hash`: a run that was begun on other data is not gone on with.
+    `turns`: networks that are trained in turn, step by step. Bad steps in a row are counted for each: a student whose every step is
+    bad must not go on for ever because its discriminator's are good.
     """
     if config.dry_run:
         look(name, out, config, steps, parts, train_step, Draws(config.seed, 0, rank(), world()), images_per_step)
     folder, tally = out / name, Tally()
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"config": dataclasses.asdict(config), "code": code_version(), "data": data_hash, "processes": world()}
-        write_atomic(folder / "run.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+    about = {"config": dataclasses.asdict(config), "code": code_version(), "data": data_hash, "processes": world()}
+    record_start(folder, about, newest_step(folder / "checkpoints"))
     for part in parts.values():
         if isinstance(part, torch.nn.Module):
             copy_from_main(part)
@@ -131,7 +164,7 @@ def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_ste
     log, close = open_tracker(name, out, config, start)
     stop: list[bool] = []
     old_handlers = {s: signal.signal(s, lambda *_: stop.append(True)) for s in (signal.SIGTERM, signal.SIGINT)}
-    saved, bad, shown = time.monotonic(), 0, {}
+    saved, bad, shown = time.monotonic(), [0] * turns, {}
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=2, dynamic_ncols=True, disable=not is_main())
     step = start
     try:
@@ -140,9 +173,11 @@ def run(name: str, out: Path, config: Config, steps: int, parts: dict, train_ste
             numbers = train_step(step, Draws(config.seed, step, rank(), world()))
             numbers["images_per_s"] = images_per_step / (time.monotonic() - tick)
             is_bad = bool(numbers.get("skipped")) or not all(map(math.isfinite, numbers.values()))
-            bad, tally.skipped = bad + 1 if is_bad else 0, tally.skipped + is_bad
-            if bad >= MAX_BAD_STEPS:
-                raise FloatingPointError(f"{name}: {bad} steps in a row without a finite loss and gradient, stopped at step {step} ({tally.skipped} skipped in all). "
+            turn = step % turns
+            bad[turn], tally.skipped = bad[turn] + 1 if is_bad else 0, tally.skipped + is_bad
+            if bad[turn] >= MAX_BAD_STEPS:
+                whose = f" of network {turn + 1} of {turns}, which take turns," if turns > 1 else ""
+                raise FloatingPointError(f"{name}: {bad[turn]} steps in a row{whose} without a finite loss and gradient, stopped at step {step} ({tally.skipped} skipped in all). "
                                          f"The last good checkpoint is in {folder / 'checkpoints'}; lower the learning rate or use precision=fp32.")
             last = step + 1 == steps
             if step % 10 < 2 or last:  # two in a row: a student and its discriminator take turns

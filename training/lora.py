@@ -33,9 +33,11 @@ from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.controlnet import SanaSprintControlNetModel
 from sana_app.model.network import TrigFlowTeacher, predict_flow
 from sana_app.model.text import SETTINGS_FILE, TextSettings
+from training import monitor
 from training.base import check_fits, frozen_dtype, load_part, load_transformer, with_base
 from training.batches import Batch, Corpus, weights_hash
 from training.checkpoint import write_atomic
+from training.conditions import check_condition
 from training.config import Config
 from training.discriminator import Discriminator
 from training.distributed import is_main, main_first, refuse_fsdp
@@ -50,7 +52,7 @@ from training.sampling import sample_student, sample_teacher
 from training.sheets import contact_sheet
 from training.student import Distillation, Logvar
 from training.teacher import latent_shape
-from training.text import load_text_encoder
+from training.text import lazy_text_encoder
 
 TARGETS = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
 
@@ -205,7 +207,7 @@ def class_corpus(config: Config, out: Path, net: TrigFlowTeacher, corpus: Corpus
             data = captioned(config.lora_prior_data, config.lora_prior_prompt, out / "cache", "lora_prior_prompt")
     else:
         channels, side, _ = latent_shape(config, corpus)
-        encode = load_text_encoder(config.text_encoder, config.max_tokens)[2]
+        encode = lazy_text_encoder(config.text_encoder, config.max_tokens)
         with main_first():
             data = draw_class(net, config.lora_prior_prompt, config.lora_prior_images or CLASS_PICTURES, encode, (channels, side, side),
                               corpus.decode, config, weights_hash(net.transformer), out / "cache")
@@ -218,6 +220,9 @@ def train_lora(config: Config, out: Path) -> None:
     if not config.data:
         raise ValueError("no pictures given: --set data=FOLDER with a handful of them, and NAME.txt beside each or lora_prompt=\"a photo of sks dog\"")
     base = find_base(config, out)
+    for folder in (base.folder, base.teacher) if config.lora_lines else ():
+        if folder is not None:
+            check_condition(folder / "controlnet", config.condition)
     with main_first():
         config = replace(base.config, data=captioned(config.data, config.lora_prompt, out / "cache", "lora_prompt"))
     corpus = Corpus(config, out, "train")
@@ -266,7 +271,8 @@ def train_lora(config: Config, out: Path) -> None:
             disc_opt.zero_grad(set_to_none=True)  # the adversarial pass went through the heads
         return numbers
 
-    run("lora", out, config, config.lora_steps, parts, train_step, config.lora_batch, lambda step, folder: preview(step, folder, config, net, corpus), corpus.pixels.hash)
+    run("lora", out, config, config.lora_steps, parts, train_step, config.lora_batch, lambda step, folder: preview(step, folder, config, net, corpus), corpus.pixels.hash,
+        turns=2 if disc_opt else 1)
     captions = list(dict.fromkeys(c for shelf in corpus.shelves for cs in shelf.pixels.captions for c in cs))
     about = {"name": out.name, "base": base.folder.name, "prompt": config.lora_prompt, "captions": captions[:20], "pictures": corpus.count,
              "steps": config.lora_steps, "loss": "distillation" if teacher else "consistency" if sprint else "flow", "code": code_version()}
@@ -291,4 +297,5 @@ def preview(step: int, folder: Path, config: Config, net: TrigFlowTeacher, corpu
     before, after = found
     contact_sheet(torch.cat([corpus.decode(x).cpu() for x in (before, after, batch.x0)]), folder / f"preview-{step:06d}.png", len(batch.x0))
     distance = lambda a, b: float((a - b).abs().mean())
-    return {"change": distance(after, before), "distance": distance(after, batch.x0), "distance_before": distance(before, batch.x0)}
+    watched = monitor.check(folder, corpus, after, config.latent_band) if config.keep_pixels else {}  # it encodes the pictures anew
+    return {"change": distance(after, before), "distance": distance(after, batch.x0), "distance_before": distance(before, batch.x0), **watched}

@@ -68,7 +68,8 @@ class Trial:
 
 
 def try_step(train_step: Callable, step: int, draws: object) -> Trial:
-    """Runs `train_step` with every network call replaced by a pass of shapes, and without backward: nothing is computed or changed."""
+    """Runs `train_step` with every network call replaced by a pass of shapes, and without backward: nothing is computed, no weight and no
+    optimiser changed. No gradients may be left from before."""
     trial = Trial()
     with _shapes_only(trial), torch.compiler.set_stance("force_eager"):
         train_step(step, draws)
@@ -156,12 +157,17 @@ def more_micro_batches(batch: int, config: Config) -> int | None:
 def out_of_memory_message(name: str, config: Config, batch: int, parts: dict, train_step: Callable, step: int, draws: object) -> str:
     """What held the memory, and the three settings that would help most, with numbers."""
     held = standing_gib(parts, config)
+    for opt in (part for part in parts.values() if isinstance(part, torch.optim.Optimizer)):
+        opt.zero_grad(set_to_none=True)  # those of the micro-batches before: the trial must not step with them, and they hold memory
     text = f"{name}: out of memory at step {step}. Held by a process: " + ", ".join(f"{k} {v:.2f} GiB" for k, v in held.items())
     activations = checkpointed = None
     try:
-        trial = try_step(train_step, step, draws)
-        activations, checkpointed = trial.activations / GIB, checkpointed_gib(trial, train_step, step, draws)
-        text += f", activations of one micro-batch about {activations:.2f} GiB"
+        if world() == 1:
+            trial = try_step(train_step, step, draws)
+            activations, checkpointed = trial.activations / GIB, checkpointed_gib(trial, train_step, step, draws)
+            text += f", activations of one micro-batch about {activations:.2f} GiB"
+        else:  # a trial would ask the other processes, which are in the step itself: all would wait for ever, or mix its numbers into theirs
+            text += " (activations unknown: not tried with several processes)"
     except Exception as error:  # the message must come out, whatever the trial stumbles over
         text += f" (activations unknown: {type(error).__name__})"
     about = lambda factor: "" if activations is None else f": activations about {factor * activations:.2f} GiB"

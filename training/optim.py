@@ -10,10 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from training.config import Config
+from training.config import OPTIMIZERS, Config
 from training.distributed import agreed, average_gradients, is_sharded, local, shard_rows
-
-OPTIMIZERS = ("adamw", "adamw8bit", "came")
 
 
 def learning_rate(peak: float, step: int, steps: int, config: Config) -> float:
@@ -165,13 +163,14 @@ def clip_gradients(params: list[nn.Parameter], clip: float) -> torch.Tensor:
 def apply_gradients(opt: torch.optim.Optimizer, step: int, steps: int, clip: float, config: Config, loss: float = 0.0) -> dict[str, float]:
     """Average over the processes, clip, set the learning rate, step, clear.
 
-    A gradient or a `loss` that is not finite, on any process, skips the step on all of them and is counted.
+    A gradient or a `loss` that is not finite, on any process, skips the step on all of them and is counted. Where there is no gradient
+    at all (a trial of shapes, memory.py) nothing is stepped, and no state made.
     """
     average_gradients([p for group in opt.param_groups for p in group["params"]])
     params = [p for group in opt.param_groups for p in group["params"] if p.grad is not None]
     norm = clip_gradients(params, clip)
     skipped = agreed(not (math.isfinite(norm) and math.isfinite(loss)))
-    if not skipped:
+    if params and not skipped:
         for group in opt.param_groups:
             group["lr"] = learning_rate(group["peak"], step, steps, config)
         opt.step()

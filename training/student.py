@@ -2,6 +2,9 @@
 
 Student and discriminator alternate step by step. The student starts as its teacher, or as the jump stage left it; nothing is drawn
 twice from the same numbers; formulas are in losses.py and sana_app.model.trigflow, the discriminator in discriminator.py.
+
+No network is wrapped in accelerate's DDP: the JVP needs the bare module, and gradients averaged once a step (optim.py) give the numbers of one
+process on any number of them. Nor is diffusers' EMAModel used: it keeps a list of weights, where previews sample from a module of its own (optim.Ema).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from torch import nn
 from sana_app.model import trigflow
 from sana_app.model.attention import use_explicit_softmax
 from sana_app.model.network import TrigFlowTeacher, network_time
+from training import monitor
 from training.batches import Batch, Corpus
 from training.config import Config
 from training.discriminator import Discriminator
@@ -192,8 +196,9 @@ def train_student(config: Config, out: Path) -> None:
             found = [sample_student(average, batch, noises[:n], w) for n in (1, 2, 4)]
         rows = [held_out.drawings(batch), *(held_out.decode(x).cpu() for x in found), held_out.decode(batch.x0).cpu()]
         contact_sheet(torch.cat(rows), folder / f"preview-{step:06d}.png", 16)
-        return {f"distance_{n}step": float((x - batch.x0).abs().mean()) for n, x in zip((1, 2, 4), found)}
+        return {**{f"distance_{n}step": float((x - batch.x0).abs().mean()) for n, x in zip((1, 2, 4), found)},
+                **monitor.check(folder, held_out, found[0], config.latent_band)}
 
     run("student", out, config, config.student_steps, {"student": trained, "logvar": logvar, "ema": ema, "opt": opt, "disc": disc, "disc_opt": disc_opt},
-        train_step, config.student_batch, preview, corpus.pixels.hash)
+        train_step, config.student_batch, preview, corpus.pixels.hash, turns=2)
     save_student(config, out, average)
