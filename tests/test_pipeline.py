@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import SanaSprintPipeline, SCMScheduler
+from diffusers import SanaSprintPipeline
 from layouts import PUBLISHED_TRANSFORMER_CONFIG, ListScheduler, build_small_folder, build_sprint_folder, tiny_controlnet
 from layouts import tiny_transformer
 from peft import LoraConfig

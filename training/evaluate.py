@@ -25,7 +25,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from sana_app.lines import condition_from_ink
 from sana_app.model.pipeline import SanaSprintControlNetPipeline
@@ -40,11 +39,12 @@ from training.data.colour import hue_of, recolour
 from training.data.emoji import PEOPLE
 from training.data.sources import has_held_out, parse_mixture
 from training.distributed import device, is_main
+from training.sheets import write_sheet
 
 STEPS = (1, 2, 4)
 EMOJI, SAMPLE = Path("runs/data/emoji-128"), Path("assets/sample")
 COLOURS = ("red", "yellow", "green", "blue")
-SHEET_ROWS, SHEET_CELL_PX = 32, 128
+SHEET_ROWS = 32
 BATCH = 16
 KEYS = {  # key without its _1step, _2step, _4step and _off (without ControlNet; without a number: 1 step) -> what it is
     "psnr_db": "autoencoder: real pictures there and back, dB",
@@ -231,25 +231,6 @@ def hardware() -> str:
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     busy = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{busy}"
-
-
-def write_sheet(columns: dict[str, np.ndarray], path: Path) -> None:
-    """Columns of pictures (uint8 [N, S, S, 3] each) in one PNG of 256 colours, two halves side by side, names above."""
-    cell, gap, head = SHEET_CELL_PX, 4, 20
-    count = len(next(iter(columns.values())))
-    half = -(-count // 2)
-    width = len(columns) * (cell + gap)
-    sheet = Image.new("RGB", (2 * width + 3 * gap, head + half * (cell + gap)), (225, 225, 225))
-    pen = ImageDraw.Draw(sheet)
-    for c, (name, pictures) in enumerate(columns.items()):
-        for i in range(count):
-            left, row = (i // half) * (width + 3 * gap) + c * (cell + gap), i % half
-            if row == 0:
-                pen.text((left + 4, 3), name, fill="black", font_size=13)
-            picture = Image.fromarray(pictures[i]).resize((cell, cell), Image.Resampling.LANCZOS)
-            sheet.paste(picture, (left, head + row * (cell + gap)))
-    few = sheet.quantize(256, dither=Image.Dither.NONE)
-    write_atomic(path, lambda file: few.save(file, "PNG", optimize=True))
 
 
 def evaluate(model: Path, data: Path | str, split: str, count: int, seed: int, out: Path, cache: Path, runs: int = 20) -> dict:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from training.checkpoint import write_atomic
-from training.evaluate import SHEET_ROWS, write_sheet
+from training.evaluate import SHEET_ROWS
+from training.sheets import write_sheet
 
 # measure -> what it is; a measure of a task or category carries its name behind (geneval_counting)
 MEANINGS = {
