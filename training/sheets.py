@@ -27,7 +27,7 @@ def contact_sheet(pictures: torch.Tensor, path: Path, columns: int) -> None:
 
 
 def write_sheet(columns: dict[str, np.ndarray], path: Path) -> None:
-    """Columns of pictures (uint8 [N, S, S, 3] each) in one PNG of 256 colours, two halves side by side, names above."""
+    """Columns of pictures (uint8 [N, S, S, 3] each) in one PNG, two halves side by side, names above."""
     cell, gap, head = CELL_PX, 4, 20
     count = len(next(iter(columns.values())))
     half = -(-count // 2)
@@ -41,5 +41,4 @@ def write_sheet(columns: dict[str, np.ndarray], path: Path) -> None:
                 pen.text((left + 4, 3), name, fill="black", font_size=13)
             picture = Image.fromarray(pictures[i]).resize((cell, cell), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left, head + row * (cell + gap)))
-    few = sheet.quantize(256, dither=Image.Dither.NONE)
-    write_atomic(path, lambda file: few.save(file, "PNG", optimize=True))
+    write_atomic(path, lambda file: sheet.save(file, "PNG", optimize=True))
