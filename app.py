@@ -22,7 +22,7 @@ def create(model: str, lora: str = ""):
     """The page (gr.Blocks) for a preset name or a model folder, and PATH[:SCALE] of a LoRA adapter; ValueError says what is wrong."""
     from sana_app.presets import find_model
 
-    preset = find_model(model)  # a wrong name is refused before anything heavy is imported
+    preset = find_model(model)  # a wrong name is refused before diffusers and gradio are imported
     if lora:
         from sana_app.model.adapter import adapter_file, parse_adapter
 

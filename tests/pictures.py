@@ -1,4 +1,4 @@
-"""Folders of small pictures, and a corpus over them with random-weight networks."""
+"""Folders of small pictures, a corpus over them with random-weight networks, and a run folder to distil from."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from layouts import tiny_bert, tiny_vae
+from layouts import randomised, tiny_bert, tiny_controlnet, tiny_transformer, tiny_vae
+from training.base import save_folder
 from training.batches import Corpus
 from training.config import Config
 from training.data.shards import Sample, ShardWriter, encode_png
@@ -53,3 +54,13 @@ def write_networks(folder: Path) -> Path:
 def open_corpus(networks: Path, out: Path, data: Path | str, split: str = "train", **settings) -> Corpus:
     values = dict(data=str(data), vae=str(networks / "vae"), text_encoder=str(networks), size_px=32, precision="fp32", encode_batch=8) | settings
     return Corpus(Config(**values), out, split)
+
+
+def start_distillation(root: Path, data: Path, **settings) -> tuple[Config, Path]:
+    """A recipe over `data` and a run folder in which the ControlNet stage is done; the teacher's weights are random, its lines count."""
+    networks = write_networks(root / "networks")
+    teacher = tiny_transformer(qk_norm="rms_norm_across_heads", timestep_scale=0.001, guidance_embeds=False)
+    save_folder(root / "out" / "controlnet", {"transformer": teacher, "controlnet": randomised(tiny_controlnet(teacher), 3)})
+    values = dict(data=str(data), vae=str(networks / "vae"), text_encoder=str(networks), size_px=32, precision="fp32", encode_batch=8, tracker="none", preview_steps=0,
+                  lr_warmup_steps=1, ema=0.9, student_steps=4, student_batch=4, disc_blocks=(0, 1)) | settings
+    return Config(**values), root / "out"

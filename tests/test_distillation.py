@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from layouts import randomised, tiny_controlnet, tiny_transformer
-from pictures import write_networks, write_shards
+from pictures import start_distillation, write_shards
 from training import jump, student
 from training.base import save_folder
 from training.conditions import write_condition
@@ -22,18 +21,13 @@ from training.trajectories import GROUP
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Config, Path]:
-    """A recipe and a run folder in which a Canny ControlNet is done."""
+    """A Canny ControlNet."""
     root = tmp_path_factory.mktemp("distillation")
-    networks = write_networks(root / "networks")
     write_shards(root / "data", 24, 24)
     write_shards(root / "data", 8, 8, "val")
-    teacher = tiny_transformer(qk_norm="rms_norm_across_heads", timestep_scale=0.001, guidance_embeds=False)
-    save_folder(root / "out" / "controlnet", {"transformer": teacher, "controlnet": randomised(tiny_controlnet(teacher), 3)})
-    write_condition(root / "out" / "controlnet" / "controlnet", "canny")
-    config = Config(data=str(root / "data"), vae=str(networks / "vae"), text_encoder=str(networks), size_px=32, precision="fp32", encode_batch=8, tracker="none",
-                    condition="canny", preview_steps=1, lr_warmup_steps=1, ema=0.9, jump_paths=GROUP, jump_steps=2, jump_batch=4, student_steps=2, student_batch=4,
-                    disc_blocks=(0, 1))
-    return config, root / "out"
+    config, out = start_distillation(root, root / "data", condition="canny", preview_steps=1, jump_paths=GROUP, jump_steps=2, jump_batch=4, student_steps=2)
+    write_condition(out / "controlnet" / "controlnet", "canny")
+    return config, out
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from layouts import randomised, tiny_controlnet, tiny_transformer
-from pictures import write_networks, write_shards
+from pictures import start_distillation, write_shards
 from sana_app.model import trigflow
 from training import trajectories
-from training.base import save_folder
 from training.batches import Corpus
 from training.config import Config
 from training.jump import train_jump
@@ -27,17 +25,10 @@ from training.trajectories import GROUP, make_trajectories, trajectory_loss
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Config, Path]:
-    """A recipe and a run folder in which the ControlNet stage is done; the teacher's weights are random, its lines count."""
     root = tmp_path_factory.mktemp("jump")
-    networks = write_networks(root / "networks")
     write_shards(root / "data", 24, 24)
     write_shards(root / "data", 8, 8, "val")
-    teacher = tiny_transformer(qk_norm="rms_norm_across_heads", timestep_scale=0.001, guidance_embeds=False)
-    save_folder(root / "out" / "controlnet", {"transformer": teacher, "controlnet": randomised(tiny_controlnet(teacher), 3)})
-    config = Config(data=str(root / "data"), vae=str(networks / "vae"), text_encoder=str(networks), size_px=32, precision="fp32", encode_batch=8, tracker="none",
-                    preview_steps=0, lr_warmup_steps=1, ema=0.9, noise_scale=0.8, jump_paths=2 * GROUP, jump_steps=60, jump_batch=16, jump_lr=2e-3,
-                    student_steps=4, student_batch=4, disc_blocks=(0, 1))
-    return config, root / "out"
+    return start_distillation(root, root / "data", noise_scale=0.8, jump_paths=2 * GROUP, jump_steps=60, jump_batch=16, jump_lr=2e-3)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from diffusers import SanaTransformer2DModel
 
-from layouts import randomised, tiny_controlnet, tiny_transformer
-from pictures import write_networks, write_pictures
+from pictures import start_distillation, write_pictures
 from sana_app.model.controlnet import SanaSprintControlNetModel
 from sana_app.model.convert import sprint_from_teacher
 from training.base import load_part, save_folder
@@ -28,13 +27,7 @@ def start(tmp_path) -> Iterator[tuple[Config, Path]]:
     """A recipe and a run folder in which the ControlNet stage is done. On one thread: two that wait for each other cost tiny models much."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    networks = write_networks(tmp_path / "networks")
-    teacher = tiny_transformer(qk_norm="rms_norm_across_heads", timestep_scale=0.001, guidance_embeds=False)
-    save_folder(tmp_path / "one" / "controlnet", {"transformer": teacher, "controlnet": randomised(tiny_controlnet(teacher), 3)})
-    config = Config(data=str(write_pictures(tmp_path / "data", 8)), vae=str(networks / "vae"), text_encoder=str(networks), size_px=32, precision="fp32",
-                    encode_batch=8, tracker="none", preview_steps=0, save_minutes=0.0, lr_warmup_steps=1, ema=0.9, scm_warmup=3,
-                    student_steps=4, student_batch=4, micro_batches=2, student_lr=1e-3, disc_blocks=(0, 1), ladd_misaligned=True)
-    yield config, tmp_path / "one"
+    yield start_distillation(tmp_path, write_pictures(tmp_path / "data", 8), save_minutes=0.0, scm_warmup=3, micro_batches=2, student_lr=1e-3, ladd_misaligned=True)
     torch.set_num_threads(threads)
 
 

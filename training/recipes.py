@@ -48,10 +48,10 @@ RECIPES: dict[str, dict] = {
                      heads=4, cross_heads=4, layers=4, teacher_steps=40, teacher_batch=16, controlnet_layers=2, controlnet_steps=40, controlnet_batch=16,
                      controlnet_base_lr=5e-4, controlnet_weak_share=0.5, autoguidance=0.5,
                      jump_paths=64, jump_steps=20, jump_batch=16, jump_weight=1.0, student_steps=20, student_batch=8, decoder_steps=20, evaluate_count=10, scm_warmup=5, disc_blocks=(1, 2, 3), ema=0.9, lr_warmup_steps=5),
-    # two CPU cores, 4 h 20 min: 29.0 dB, validation loss 0.283, line F1 0.79 at one step (assets/models/emoji/README.md)
+    # two CPU cores, 4 h 30 min: 30.7 dB, validation loss 0.283, line F1 0.80 at one step (assets/models/emoji/README.md)
     "emoji-128": dict(data="runs/data/emoji-128", size_px=128, compile=True, ae_steps=2500, teacher_steps=500, preview_steps=500, controlnet_steps=7400,
                       controlnet_base_lr=8e-4, controlnet_no_lines=0.12, controlnet_weak_share=0.3, autoguidance=1.0, jump_paths=12800, jump_steps=2000, jump_weight=100.0, student_steps=400,
-                      student_batch=16, student_lr=1e-4, student_disc_lr=2e-3, scm_warmup=100, guidance=(3.0, 4.5, 6.0), guidance_gain=0.35, noise_scale=0.85, decoder_steps=800),
+                      student_batch=16, student_lr=1e-4, student_disc_lr=2e-3, scm_warmup=100, guidance=(3.0, 4.5, 6.0), guidance_gain=0.35, noise_scale=0.85, decoder_steps=4000),
     # one GPU, meant for under an hour, in slices: timeout -s TERM 570 make train RECIPE=emoji-256, again and again. Not run by us at this size
     "emoji-256": dict(data="runs/data/emoji-256", size_px=256, compile=True, compile_denoiser=True, ae_channels=(32, 64, 128, 256, 256, 256), ae_encoder_layers=(0, 1, 1, 1, 1, 1),
                       ae_decoder_layers=(0, 1, 2, 2, 2, 2), ae_steps=12000, ae_batch=64, ae_crop_px=128, ae_adv_weight=0.05,
