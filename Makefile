@@ -1,4 +1,4 @@
-# make run: draw.  make test: the suite.  make test-slow: the few long tests.  make train RECIPE=tiny-cpu: all stages.  make data: the emoji set.
+# make run: draw.  make test: the whole suite.  make train RECIPE=tiny-cpu: all stages.  make data: the emoji set.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 RECIPE ?= emoji-128
 HOST ?= 127.0.0.1
@@ -11,16 +11,13 @@ bin := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: run test test-slow train data
+.PHONY: run test train data
 
 run: .venv/installed-run
 	$(bin)/python app.py --host $(HOST) --port $(PORT)
 
 test: .venv/installed-test
-	$(bin)/python -m pytest -q -m "not slow"
-
-test-slow: .venv/installed-test
-	$(bin)/python -m pytest -q -m slow
+	$(bin)/python -m pytest -q
 
 train: .venv/installed-train
 	$(bin)/python -m training all --recipe $(RECIPE)

@@ -314,7 +314,6 @@ def test_processes_draw_slices_of_the_one_batch(tmp_path, networks):
         assert torch.equal(torch.cat([p.x0 for p in parts]), whole.x0) and torch.equal(torch.cat([p.cond for p in parts]), whole.cond)
 
 
-@pytest.mark.slow
 def test_a_second_process_finds_the_cache_that_the_main_one_built(tmp_path, networks):
     """Two processes open the same corpus at once; each draws its half of the same batch."""
     data = write_pictures(tmp_path / "data", 6)
