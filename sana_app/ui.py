@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from starlette.middleware import Middleware
 
+from sana_app.body_limit import BodyLimit
 from sana_app.lines import ink_from_rgb
-from sana_app.live import JOB_LIMIT_S, NO_PICTURE, BodyLimit, LiveService
+from sana_app.live import JOB_LIMIT_S, NO_PICTURE, LiveService
 from sana_app.pad import read_examples, show_first, sketch_pad
 from sana_app.request import SEED_MAX, STEPS, STRENGTH_MAX, RenderRequest, check_request
 from sana_app.worker import Busy, RenderWorker

@@ -28,7 +28,8 @@ from layouts import build_small_folder
 from PIL import Image
 
 import app
-from sana_app.live import ANY_BODY_BYTES, LIVE_PATH
+from sana_app.body_limit import ANY_BODY_BYTES
+from sana_app.live import LIVE_PATH
 from sana_app.request import RenderRequest
 from sana_app.ui import read_sketch
 

@@ -7,27 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import build_base_folder, build_small_folder
+from layouts import build_base_folder
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from sana_app.model.pipeline import SanaSprintControlNetPipeline
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return build_small_folder(tmp_path_factory.mktemp("small") / "model")
-
-
-@pytest.fixture
-def folder(small, tmp_path):
-    """A copy that a test may damage."""
-    return shutil.copytree(small, tmp_path / "model")
-
-
-@pytest.fixture(scope="module")
-def pipe(small):
-    return SanaSprintControlNetPipeline.from_pretrained(small)
 
 
 def picture(pipe):

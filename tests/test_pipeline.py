@@ -1,13 +1,12 @@
 """The pipeline against the stock one, its folders in both layouts, and what it refuses to draw."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import SanaSprintPipeline
-from layouts import PUBLISHED_TRANSFORMER_CONFIG, ListScheduler, build_small_folder, build_sprint_folder, tiny_controlnet
+from layouts import PUBLISHED_TRANSFORMER_CONFIG, ListScheduler, build_sprint_folder, tiny_controlnet
 from layouts import tiny_transformer
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -24,24 +23,8 @@ EXACT = dict(rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return build_small_folder(tmp_path_factory.mktemp("small") / "model")
-
-
-@pytest.fixture(scope="module")
 def sprint(tmp_path_factory):
     return build_sprint_folder(tmp_path_factory.mktemp("sprint") / "model")
-
-
-@pytest.fixture
-def folder(small, tmp_path):
-    """A copy that a test may damage."""
-    return shutil.copytree(small, tmp_path / "model")
-
-
-@pytest.fixture(scope="module")
-def pipe(small):
-    return SanaSprintControlNetPipeline.from_pretrained(small)
 
 
 @pytest.fixture(scope="module")

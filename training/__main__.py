@@ -30,6 +30,7 @@ STAGES = {
     "swap": ("training.swap", "train_swap"),
 }
 CHAIN = ("autoencoder", "teacher", "controlnet", "jump", "student", "decoder", "export", "evaluate")  # what "all" runs, in this order
+NOT_TRAINED = {"export": "puts the stages' results together in OUT/model", "evaluate": "measures OUT/model"}
 # the samples a step of a stage that opens the data before it shares them out; swap may need no step at all
 BATCHES = {"autoencoder": "ae_batch"} | {stage: f"{stage}_batch" for stage in ("teacher", "controlnet", "jump", "student", "lora", "finetune")}
 
@@ -63,8 +64,8 @@ def main() -> None:
 def run_stage(stage: str, config: Config, out: Path, dry_all: bool) -> None:
     """One stage; in a dry run of all of them one that cannot be looked at yet is named and passed over."""
     module, function = STAGES[stage]
-    if config.dry_run and stage in ("export", "evaluate"):
-        print({"export": "export: trains nothing; puts the stages' results together in OUT/model", "evaluate": "evaluate: trains nothing; measures OUT/model"}[stage])
+    if config.dry_run and stage in NOT_TRAINED:
+        print(f"{stage}: trains nothing; {NOT_TRAINED[stage]}")
         return
     begun = newest_step(out / stage / "checkpoints") or stage == "jump" and not config.jump_paths
     try:
